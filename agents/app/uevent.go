@@ -1,0 +1,47 @@
+package app
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// Uevents calls wake at each of the kernel's events about a virtio device,
+// until ctx ends or the socket fails.
+func Uevents(ctx context.Context, wake func()) error {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_KOBJECT_UEVENT)
+	if err != nil {
+		return err
+	}
+	// A file, so that the runtime polls it and closing it ends the read.
+	f := os.NewFile(uintptr(fd), "uevent")
+	defer f.Close()
+	// Group 1 is the kernel's own; udev's copies are in group 2.
+	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1}); err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = f.Close() })
+	defer stop()
+	buf := make([]byte, 16<<10)
+	for {
+		n, err := f.Read(buf)
+		if errors.Is(err, unix.ENOBUFS) {
+			wake()
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if aboutVirtio(buf[:n]) {
+			wake()
+		}
+	}
+}
+
+// aboutVirtio reads "ACTION@DEVPATH\0KEY=VALUE\0…".
+func aboutVirtio(event []byte) bool {
+	return bytes.Contains(event, []byte("\x00SUBSYSTEM=virtio\x00"))
+}

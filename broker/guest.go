@@ -1,0 +1,230 @@
+package broker
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+
+	"github.com/google/uuid"
+
+	"spectrum-os.org/broker/broker/api"
+	"spectrum-os.org/broker/broker/ledger"
+	"spectrum-os.org/broker/capabilities"
+	"spectrum-os.org/broker/policy"
+)
+
+// guestService is what a VM may ask for itself. Whatever it may not know is
+// refused in the words of refusedToGuest.
+type guestService struct{ b *Broker }
+
+var _ api.GuestService = guestService{}
+
+// refusedToGuest does not tell a guest whether policy, a missing path, or a
+// missing partition was the reason: each would answer a question about the
+// host that it did not have to ask.
+func refusedToGuest(cause error) error {
+	return api.Errorf(api.CodeDenied, "the request is not allowed").WithCause(cause)
+}
+
+// Self implements api.GuestService.
+func (s guestService) Self(_ context.Context, vm uuid.UUID) (api.Self, error) {
+	u := s.b.unit(vm)
+	if u == nil {
+		return api.Self{}, api.Errorf(api.CodeUnavailable, "the VM is ending")
+	}
+	self := api.Self{ID: vm, Role: "app", Instance: u.instance(), Now: s.b.o.Clock.Now().Wall}
+	if d, ok := s.b.inv().definitions[vm]; ok {
+		self.Role = d.Role
+		if !d.BuiltIn() {
+			self.Partition = &d.Partition
+		}
+	}
+	return self, nil
+}
+
+// Capabilities implements api.GuestService.
+func (s guestService) Capabilities(_ context.Context, vm uuid.UUID) ([]api.GuestGrant, error) {
+	var grants []ledger.Grant
+	s.b.ledger.View(func(st *ledger.State) {
+		grants = st.Grants(ledger.Filter{Holder: vm, States: []ledger.GrantState{ledger.Pending, ledger.Active, ledger.Revoking}})
+	})
+	out := make([]api.GuestGrant, 0, len(grants))
+	for _, g := range grants {
+		out = append(out, s.b.guestGrant(g))
+	}
+	return out, nil
+}
+
+// Request implements api.GuestService.
+func (s guestService) Request(ctx context.Context, vm uuid.UUID, req api.GuestRequest) (api.GuestGrant, error) {
+	b := s.b
+	if !b.ready.Load() {
+		return api.GuestGrant{}, api.Errorf(api.CodeUnavailable, "the broker is starting; try again")
+	}
+	actor := ledger.Actor{Kind: ledger.ActorVM, VM: vm}
+	var partition uuid.UUID
+	b.ledger.View(func(st *ledger.State) { partition, _ = st.Binding(vm) })
+	c, err := b.kinds.Parse(req.Capability, selfResolver{partition})
+	if e, ok := errors.AsType[*api.Error](err); ok && e.Code == api.CodeNotFound {
+		return api.GuestGrant{}, refusedToGuest(err)
+	}
+	if err != nil {
+		return api.GuestGrant{}, api.Errorf(api.CodeInvalid, "%w", err)
+	}
+	r := request{
+		action: policy.ActionRequest, actor: actor, holder: vm, capability: c,
+		ttl: req.TTLSeconds, label: req.Label, narrower: true,
+	}
+	if req.Parent != "" {
+		parent, err := s.ownToken(ctx, vm, req.Parent)
+		if err != nil {
+			return api.GuestGrant{}, err
+		}
+		r.parent = &parent
+	}
+	g, err := b.grant(ctx, r)
+	if err == nil {
+		g, err = b.outcome(ctx, g)
+	}
+	if err != nil {
+		return api.GuestGrant{}, guestError(err)
+	}
+	out := b.guestGrant(g)
+	token, err := b.mint(g)
+	if err != nil {
+		return api.GuestGrant{}, err
+	}
+	out.Token = token
+	return out, nil
+}
+
+// guestError keeps from a guest what only the host may know.
+func guestError(err error) error {
+	e, ok := errors.AsType[*api.Error](err)
+	if !ok {
+		return err
+	}
+	switch e.Code {
+	case api.CodeDenied, api.CodePolicyError, api.CodeNotFound:
+		return refusedToGuest(err)
+	case api.CodeInvalid:
+		// A cause is something that was found on the host, such as a path that
+		// is not there; without one the request itself is malformed.
+		if e.Unwrap() != nil {
+			return refusedToGuest(err)
+		}
+	}
+	out := *e
+	out.Verdict, out.Grant, out.Candidates = nil, nil, nil
+	return &out
+}
+
+// Drop implements api.GuestService.
+func (s guestService) Drop(ctx context.Context, vm, id uuid.UUID, token string) (api.GuestGrant, error) {
+	b := s.b
+	if token != "" {
+		g, err := s.ownToken(ctx, vm, token)
+		if err != nil {
+			return api.GuestGrant{}, err
+		}
+		if id != uuid.Nil && id != g.ID {
+			return api.GuestGrant{}, s.refuseToken(ctx, vm, g.ID, errors.New("the token is another grant's"))
+		}
+		id = g.ID
+	}
+	var g ledger.Grant
+	var ok bool
+	b.ledger.View(func(st *ledger.State) { g, ok = st.Grant(id) })
+	if !ok || g.Holder != vm {
+		return api.GuestGrant{}, api.Errorf(api.CodeNotFound, "the VM holds no capability %s", id)
+	}
+	result, err := b.revoke(ctx, ledger.Actor{Kind: ledger.ActorVM, VM: vm}, only(id), "dropped by its holder", true)
+	if err != nil {
+		return api.GuestGrant{}, err
+	}
+	for _, g := range append(result.revoked, result.revoking...) {
+		if g.ID == id {
+			return b.guestGrant(g), nil
+		}
+	}
+	return b.guestGrant(g), nil
+}
+
+// ownToken accepts a token that this broker signed for this VM and that is in
+// force. Any other is refused in the same words, and on record.
+func (s guestService) ownToken(ctx context.Context, vm uuid.UUID, text string) (ledger.Grant, error) {
+	raw, err := base64.RawURLEncoding.Strict().DecodeString(text)
+	if err != nil {
+		return ledger.Grant{}, s.refuseToken(ctx, vm, uuid.Nil, capabilities.ErrTokenMalformed)
+	}
+	verified, err := s.b.verifier.Verify(raw, s.b.o.Clock.Now().Wall)
+	if err != nil {
+		return ledger.Grant{}, s.refuseToken(ctx, vm, uuid.Nil, err)
+	}
+	claims := verified.Claims()
+	if err := verified.For(vm); err != nil {
+		return ledger.Grant{}, s.refuseToken(ctx, vm, claims.Grant, err)
+	}
+	var g ledger.Grant
+	var live error
+	s.b.ledger.View(func(st *ledger.State) {
+		g, _ = st.Grant(claims.Grant)
+		live = s.b.reconciler.Live(st, claims.Grant)
+	})
+	if live != nil {
+		return ledger.Grant{}, s.refuseToken(ctx, vm, claims.Grant, live)
+	}
+	return g, nil
+}
+
+type refusedData struct {
+	Reason string `json:"reason"`
+}
+
+func (s guestService) refuseToken(ctx context.Context, vm, grant uuid.UUID, cause error) error {
+	_, err := s.b.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		partition, _ := tx.State().Binding(vm)
+		return tx.Append(ledger.Event{
+			Type: ledger.TokenRefused, Actor: ledger.Actor{Kind: ledger.ActorVM, VM: vm}, VM: vm,
+			Grant: grant, Partition: partition, Data: ledger.JSON(refusedData{cause.Error()}),
+		})
+	})
+	if err != nil {
+		s.b.log.Error("cannot record a refused token", "vm", vm, "err", err)
+	}
+	return api.Errorf(api.CodeTokenRefused, "the token is not accepted").WithCause(cause)
+}
+
+func (b *Broker) guestGrant(g ledger.Grant) api.GuestGrant {
+	out := api.GuestGrant{
+		ID: g.ID, Capability: apiCapability(g.Capability), Spelling: g.Capability.String(), Label: g.Label,
+		State: api.GrantState(g.State), Created: g.Created, MountPath: b.reconciler.Place(g),
+	}
+	if g.Parent != uuid.Nil {
+		out.Parent = &g.Parent
+	}
+	if !g.Deadline.IsZero() {
+		out.Expires = &g.Deadline.Wall
+	}
+	var d recordedDecision
+	if json.Unmarshal(g.Decision, &d) == nil {
+		out.Narrowed = d.Narrowed
+	}
+	return out
+}
+
+// mint signs the token of a grant.
+func (b *Broker) mint(g ledger.Grant) (string, error) {
+	var epoch uint64
+	b.ledger.View(func(s *ledger.State) { epoch = s.Epoch() })
+	token, err := b.signer.Mint(capabilities.Claims{
+		Holder: g.Holder, Grant: g.ID, Parent: g.Parent, IssuedAt: g.Created, Expiry: g.Deadline.Wall,
+		Epoch: epoch, Capability: g.Capability,
+	})
+	if err != nil {
+		return "", err
+	}
+	text, err := token.MarshalText()
+	return string(text), err
+}

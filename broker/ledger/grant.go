@@ -1,0 +1,75 @@
+package ledger
+
+import (
+	"encoding/json"
+	"slices"
+	"time"
+
+	"github.com/google/uuid"
+	"spectrum-os.org/broker/capabilities"
+)
+
+// Grant is a copy of what the ledger knows about one grant.
+type Grant struct {
+	ID              uuid.UUID
+	Holder          uuid.UUID
+	HolderPartition uuid.UUID
+	Instance        string // the holder's instance it is tied to
+	Parent          uuid.UUID
+	Depth           int // 0: derived from nothing
+	Capability      capabilities.Capability
+	Label           string
+	State           GrantState
+	Generation      uint64 // rises whenever what should exist changes
+	Created         time.Time
+	Deadline        capabilities.Deadline
+	Limits          Limits
+	Persist         bool
+	Declared        bool
+	Actor           Actor
+	Decision        json.RawMessage
+	Reason          string // of its last move that gave one
+	Degraded        string
+	Seq             uint64 // its grant.requested event
+}
+
+// ResourcePartition is the partition that the granted resource belongs to, if
+// it belongs to one.
+func (g Grant) ResourcePartition() (uuid.UUID, bool) {
+	if g.Capability.Resource == nil {
+		return uuid.Nil, false
+	}
+	return g.Capability.Resource.Partition()
+}
+
+// Filter selects grants; a zero field selects all.
+type Filter struct {
+	Holder            uuid.UUID
+	HolderPartition   uuid.UUID
+	ResourcePartition uuid.UUID
+	Parent            uuid.UUID
+	Instance          string
+	States            []GrantState
+}
+
+func (f Filter) state(s GrantState) bool {
+	return len(f.States) == 0 || slices.Contains(f.States, s)
+}
+
+// EventFilter selects events; a zero field selects all.
+type EventFilter struct {
+	VM           uuid.UUID // as the event's VM, or as its actor
+	Grant        uuid.UUID
+	Partition    uuid.UUID
+	Types        []EventType
+	Since, Until time.Time // Since inclusive, Until exclusive
+}
+
+func (f EventFilter) match(e *Event) bool {
+	return (f.VM == uuid.Nil || f.VM == e.VM || f.VM == e.Actor.VM) &&
+		(f.Grant == uuid.Nil || f.Grant == e.Grant) &&
+		(f.Partition == uuid.Nil || f.Partition == e.Partition) &&
+		(len(f.Types) == 0 || slices.Contains(f.Types, e.Type)) &&
+		(f.Since.IsZero() || !e.Time.Before(f.Since)) &&
+		(f.Until.IsZero() || e.Time.Before(f.Until))
+}

@@ -1,0 +1,86 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/google/uuid"
+
+	"spectrum-os.org/broker/broker/ledger"
+)
+
+// ErrBarred says that a grant was taken back, or derives from one that was, and
+// that the ledger could not be told yet. Whoever barred it puts it on record.
+var ErrBarred = errors.New("it was revoked, which is not on record yet")
+
+// CutNow takes grants, and all that derives from them, out of the world without
+// the ledger: from now on they give nothing, whatever the ledger says, until
+// [Reconciler.Unbar]. It returns when access is cut, or ctx ends.
+func (r *Reconciler) CutNow(ctx context.Context, grants []ledger.Grant) error {
+	all := map[uuid.UUID]ledger.Grant{}
+	r.o.Ledger.View(func(s *ledger.State) {
+		for _, root := range grants {
+			for _, id := range append([]uuid.UUID{root.ID}, s.Subtree(root.ID)...) {
+				if g, ok := s.Grant(id); ok {
+					all[id] = g
+				}
+			}
+		}
+	})
+	r.mu.Lock()
+	for id := range all {
+		r.barred[id] = true
+	}
+	r.mu.Unlock()
+	for _, g := range all {
+		r.Wake(g.Holder)
+	}
+	const look = 20 * time.Millisecond
+	for id, g := range all {
+		for !r.IsCut(g) {
+			select {
+			case <-ctx.Done():
+				return fmt.Errorf("grant %s is not cut yet: %w", id, ctx.Err())
+			case <-time.After(look):
+			}
+			r.o.Ledger.View(func(s *ledger.State) {
+				if now, ok := s.Grant(id); ok {
+					g = now
+				}
+			})
+		}
+	}
+	return nil
+}
+
+// IsCut tells whether nothing of a grant is left in the world.
+func (r *Reconciler) IsCut(g ledger.Grant) bool { return g.State.Final() || r.isCut(r.ObjectsOf(g)) }
+
+// Unbar says that the ends of grants that were barred are on record.
+func (r *Reconciler) Unbar(grants ...uuid.UUID) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, id := range grants {
+		delete(r.barred, id)
+	}
+}
+
+// Live is why a grant gives nothing, by the ledger or because it is barred, or
+// nil.
+func (r *Reconciler) Live(s *ledger.State, id uuid.UUID) error {
+	if err := s.Live(id, r.o.Clock.Now()); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for len(r.barred) > 0 && id != uuid.Nil {
+		if r.barred[id] {
+			return ErrBarred
+		}
+		g, _ := s.Grant(id)
+		id = g.Parent
+	}
+	return nil
+}

@@ -1,0 +1,486 @@
+package broker
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+
+	"spectrum-os.org/broker/agents/wire"
+	"spectrum-os.org/broker/broker/api"
+	"spectrum-os.org/broker/broker/ledger"
+	"spectrum-os.org/broker/capabilities"
+	"spectrum-os.org/broker/policy"
+)
+
+// request is a request for a capability, authenticated and resolved.
+type request struct {
+	action     string
+	actor      ledger.Actor
+	holder     uuid.UUID
+	capability capabilities.Capability
+	ttl        *int64 // seconds; nil: until the holder's exit
+	label      string // empty: chosen from the resource
+	persist    bool
+	declared   bool
+	parent     *ledger.Grant
+	// run is the run of the holder that the request is for. Empty: the one that
+	// it is in when the request is looked at.
+	run string
+	// narrower accepts less than was asked for.
+	narrower bool
+}
+
+// decided is a request that policy has spoken on.
+type decided struct {
+	request
+	verdict    policy.Verdict
+	capability capabilities.Capability // what is granted: asked for, narrowed
+	ttl        *int64
+	maxDepth   *int
+	narrowed   bool
+}
+
+// labelKey is a label in a VM.
+type labelKey struct {
+	vm    uuid.UUID
+	label string
+}
+
+// maxTTL keeps a deadline within what the clocks can express.
+const maxTTL = math.MaxInt64 / int64(time.Second) / 2
+
+// decide checks a request against its parent and asks policy. Its error says
+// why the request is refused; with explain the verdict is returned all the
+// same, with every rule that had a say.
+func (b *Broker) decide(ctx context.Context, r request, explain bool) (decided, error) {
+	d := decided{request: r, capability: r.capability, ttl: r.ttl}
+	if r.ttl != nil && (*r.ttl <= 0 || *r.ttl > maxTTL) {
+		return d, api.Errorf(api.CodeInvalid, "a lifetime of %d seconds is not between 1 and %d", *r.ttl, maxTTL)
+	}
+	if !b.reconciler.Knows(r.capability.Kind) {
+		return d, api.Errorf(api.CodeInvalid, "this broker cannot apply capabilities of kind %q", r.capability.Kind)
+	}
+	if err := b.checkParent(r); err != nil {
+		return d, err
+	}
+	d.verdict = b.ask(ctx, r, explain)
+	if err := refusal(d.verdict); err != nil {
+		return d, err
+	}
+	return d, b.narrow(&d)
+}
+
+// checkParent makes sure that nothing is amplified.
+func (b *Broker) checkParent(r request) error {
+	p := r.parent
+	if p == nil {
+		return nil
+	}
+	if p.Holder != r.holder {
+		return api.Errorf(api.CodeDenied, "grant %s is held by another VM; delegating between VMs is not possible yet", p.ID)
+	}
+	if !b.kinds.Covers(p.Capability, r.capability) {
+		return api.Errorf(api.CodeDenied, "%s is wider than its parent %s", b.spoken(r.capability), b.spoken(p.Capability))
+	}
+	if p.Limits.MaxDepth != nil && *p.Limits.MaxDepth < 1 {
+		return api.Errorf(api.CodeDenied, "nothing may be derived from grant %s: its max_depth is used up", p.ID)
+	}
+	var live error
+	b.ledger.View(func(s *ledger.State) { live = s.Live(p.ID, b.o.Clock.Now()) })
+	if live != nil {
+		return api.Errorf(api.CodeDenied, "the parent is not in force: %w", live)
+	}
+	return nil
+}
+
+// ask puts the request to the engines concerned: those of the partitions of
+// the requester, the holder and the resource. The host's is asked always, and
+// concerned where one of these belongs to no partition.
+func (b *Broker) ask(ctx context.Context, r request, explain bool) policy.Verdict {
+	var ids []policy.EngineID
+	concern := func(partition uuid.UUID, ok bool) {
+		id := policy.HostEngine
+		if ok && partition != uuid.Nil {
+			id = policy.PartitionEngine(partition)
+		}
+		if !slices.Contains(ids, id) {
+			ids = append(ids, id)
+		}
+	}
+	var holderPartition uuid.UUID
+	b.ledger.View(func(s *ledger.State) {
+		switch r.actor.Kind {
+		case ledger.ActorVM:
+			concern(s.Binding(r.actor.VM))
+		case ledger.ActorPerson:
+			concern(uuid.Nil, false)
+		}
+		holderPartition, _ = s.Binding(r.holder)
+	})
+	concern(holderPartition, true)
+	concern(r.capability.Resource.Partition())
+	in := policy.Input{
+		Action: r.action, Now: b.o.Clock.Now().Wall.UTC().Truncate(time.Second),
+		Requester:  policy.Requester{Kind: policy.RequesterPerson, UID: r.actor.UID},
+		Holder:     policy.Holder{VM: r.holder, Ancestors: []uuid.UUID{}},
+		Capability: policyCapability(r.capability, r.ttl),
+	}
+	if r.actor.Kind != ledger.ActorPerson {
+		// A definition speaks for the VM that it describes.
+		in.Requester = policy.Requester{Kind: policy.RequesterVM, VM: &r.actor.VM}
+	}
+	if holderPartition != uuid.Nil {
+		in.Holder.Partition = &holderPartition
+	}
+	if def, ok := b.inv().definitions[r.holder]; ok {
+		in.Holder.Own = &policy.Own{Names: def.Aliases, Labels: def.Labels}
+	}
+	if r.parent != nil {
+		p := policyCapability(r.parent.Capability, nil)
+		in.Parent = &p
+	}
+	v := b.engines.Decide(ctx, ids, func(policy.EngineID) policy.Input { return in }, explain)
+	for i := range v.Answers {
+		// Names may have changed since the engine was loaded.
+		v.Answers[i].Name = b.engineName(v.Answers[i].Engine)
+	}
+	return v
+}
+
+func policyCapability(c capabilities.Capability, ttl *int64) policy.Capability {
+	resource, err := json.Marshal(c.Resource)
+	if err != nil {
+		resource = nil // policies then see no resource, and their lookups fail closed
+	}
+	return policy.Capability{Kind: c.Kind, Resource: resource, Rights: c.Rights, TTLSeconds: ttl}
+}
+
+// refusal is the error for a verdict that is not a plain yes.
+func refusal(v policy.Verdict) error {
+	if v.Outcome == policy.Allow {
+		return nil
+	}
+	code := api.CodeDenied
+	if slices.ContainsFunc(v.Answers, func(a policy.Answer) bool { return a.Outcome == policy.Error }) {
+		code = api.CodePolicyError
+	}
+	e := api.Errorf(code, "%s", v.Summary())
+	said := apiVerdict(v)
+	e.Verdict = &said
+	return e
+}
+
+// narrow intersects what was asked with what policy limits it to.
+func (b *Broker) narrow(d *decided) error {
+	l := d.verdict.Limits
+	said := apiVerdict(d.verdict)
+	refuse := func(code api.Code, format string, args ...any) error {
+		e := api.Errorf(code, format, args...)
+		e.Verdict = &said
+		return e
+	}
+	if counted := countedLimits(l); len(counted) > 0 {
+		return refuse(api.CodeDenied, "policy limits it by %s, and nothing of a %s capability can be counted",
+			strings.Join(counted, ", "), d.capability.Kind)
+	}
+	var changes []string
+	if l.ReadOnly {
+		c, err := b.kinds.Attenuate(d.capability, capabilities.Narrowing{ReadOnly: true})
+		if err != nil {
+			return refuse(api.CodeDenied, "policy allows only reading: %w", err)
+		}
+		if !c.Equal(d.capability) {
+			d.capability = c
+			changes = append(changes, "read-only")
+		}
+	}
+	if l.TTLSeconds != nil && (d.ttl == nil || *d.ttl > *l.TTLSeconds) {
+		if *l.TTLSeconds <= 0 {
+			return refuse(api.CodeDenied, "policy allows a lifetime of 0 seconds")
+		}
+		ttl := min(*l.TTLSeconds, maxTTL)
+		d.ttl = &ttl
+		changes = append(changes, fmt.Sprintf("for %v", time.Duration(ttl)*time.Second))
+	}
+	if l.MaxDepth != nil {
+		depth := int(min(*l.MaxDepth, math.MaxInt32))
+		d.maxDepth = &depth
+	}
+	if p := d.parent; p != nil && p.Limits.MaxDepth != nil {
+		depth := *p.Limits.MaxDepth - 1
+		if d.maxDepth == nil || depth < *d.maxDepth {
+			d.maxDepth = &depth
+		}
+	}
+	if len(changes) == 0 {
+		return nil
+	}
+	d.narrowed = true
+	if !d.narrower {
+		return refuse(api.CodeNarrower, "policy allows less than was asked: %s, %s; ask for that, or accept a narrower grant",
+			b.spoken(d.capability), strings.Join(changes, " and "))
+	}
+	return nil
+}
+
+// countedLimits names the limits that count what a grant is used for. No kind
+// that the broker can apply has a countable use: a limit that cannot be kept
+// refuses the grant, it is never dropped.
+func countedLimits(l policy.Limits) []string {
+	var out []string
+	for _, limit := range []struct {
+		name string
+		at   *int64
+	}{{"max_uses", l.MaxUses}, {"max_live", l.MaxLive}, {"max_total", l.MaxTotal}} {
+		if limit.at != nil {
+			out = append(out, limit.name)
+		}
+	}
+	return out
+}
+
+// grant decides a request and records the outcome. What it returns is durable
+// and not yet applied.
+func (b *Broker) grant(ctx context.Context, r request) (ledger.Grant, error) {
+	began := time.Now()
+	instance := ""
+	u := b.unit(r.holder)
+	if u != nil {
+		instance = u.instance()
+	}
+	if u == nil && !r.persist {
+		return ledger.Grant{}, api.Errorf(api.CodeConflict,
+			"VM %s does not run; start it first, or ask for a grant that persists", b.vmName(r.holder))
+	}
+	if r.run != "" && r.run != instance {
+		return ledger.Grant{}, errRunOver(b.vmName(r.holder))
+	}
+	d, err := b.decide(ctx, r, false)
+	b.metrics.decided(d.verdict, time.Since(began))
+	if err != nil {
+		return ledger.Grant{}, b.recordDenial(ctx, d, err)
+	}
+	// A path that is not there, or leads out of the partition, is refused
+	// before there is a grant. Only whom policy lets learn of it is told.
+	if err := b.reconciler.Check(ctx, d.capability); err != nil {
+		return ledger.Grant{}, b.recordDenial(ctx, d, api.Errorf(api.CodeInvalid, "cannot grant %s: %w", b.spoken(d.capability), err))
+	}
+	label, release, err := b.takeLabel(d)
+	if err != nil {
+		return ledger.Grant{}, b.recordDenial(ctx, d, err)
+	}
+	defer release()
+	return b.record(ctx, d, instance, label)
+}
+
+// errRunOver refuses what was asked for a run of a VM that is over.
+func errRunOver(vm string) error {
+	return api.Errorf(api.CodeConflict, "VM %s ended or restarted meanwhile", vm)
+}
+
+// recordedDecision is what the ledger keeps of the decision behind a grant.
+type recordedDecision struct {
+	Narrowed bool        `json:"narrowed,omitempty"`
+	Verdict  api.Verdict `json:"verdict"`
+}
+
+func (b *Broker) record(ctx context.Context, d decided, instance, label string) (ledger.Grant, error) {
+	id := uuid.New()
+	decision, err := json.Marshal(recordedDecision{Narrowed: d.narrowed, Verdict: apiVerdict(d.verdict)})
+	if err != nil {
+		return ledger.Grant{}, fmt.Errorf("cannot encode the decision: %w", err)
+	}
+	name := b.vmName(d.holder)
+	var g ledger.Grant
+	_, err = b.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		s := tx.State()
+		now := tx.Now()
+		// The run may have ended while policy was thinking, and with it
+		// whatever was there to end this grant.
+		if run, on := s.Running(d.holder); !d.persist && (!on || run != instance) {
+			return errRunOver(name)
+		}
+		if live := len(s.Grants(ledger.Filter{Holder: d.holder, States: liveStates})); live >= b.o.MaxGrants {
+			return api.Errorf(api.CodeNoSlots, "VM %s holds %d grants already, as many as one VM may", d.holder, live)
+		}
+		record := ledger.GrantRecord{
+			Instance: instance, Capability: d.capability, Label: label, Persist: d.persist,
+			Declared: d.declared, Decision: decision, Limits: ledger.Limits{MaxDepth: d.maxDepth},
+		}
+		if d.ttl != nil {
+			record.Deadline = capabilities.NewDeadline(now, time.Duration(*d.ttl)*time.Second)
+		}
+		if d.parent != nil {
+			// It may have ended while policy was thinking.
+			if err := s.Live(d.parent.ID, now); err != nil {
+				return api.Errorf(api.CodeDenied, "the parent is not in force: %w", err)
+			}
+			record.Parent = d.parent.ID
+			record.Deadline = capabilities.Earliest(now, record.Deadline, d.parent.Deadline)
+		}
+		partition, _ := s.Binding(d.holder)
+		if err := tx.Append(ledger.NewGrant(d.actor, id, d.holder, partition, record)); err != nil {
+			return err
+		}
+		g, _ = s.Grant(id)
+		return nil
+	})
+	if err != nil {
+		if _, ok := errors.AsType[*api.Error](err); ok {
+			return ledger.Grant{}, b.recordDenial(ctx, d, err)
+		}
+		return ledger.Grant{}, unrecorded("nothing is granted", err)
+	}
+	b.reconciler.Wake(d.holder)
+	return g, nil
+}
+
+var liveStates = []ledger.GrantState{ledger.Pending, ledger.Active}
+
+// unrecorded is the answer when the ledger cannot be written: no.
+func unrecorded(outcome string, err error) error {
+	return api.Errorf(api.CodeUnavailable, "the ledger cannot be written, so %s; see the broker's log and the state directory's disk", outcome).WithCause(err)
+}
+
+// deniedData is the Data of grant.denied.
+type deniedData struct {
+	Action     string                  `json:"action"`
+	Capability capabilities.Capability `json:"capability"`
+	Spelling   string                  `json:"spelling"` // as it was spoken at the time
+	TTLSeconds *int64                  `json:"ttl_seconds,omitempty"`
+	Reason     string                  `json:"reason"`
+	Decision   *api.Verdict            `json:"decision,omitempty"`
+}
+
+// recordDenial puts a refusal on record and returns it. A refusal that cannot
+// be recorded is one all the same.
+func (b *Broker) recordDenial(ctx context.Context, d decided, refusal error) error {
+	data := deniedData{Action: d.action, Capability: d.request.capability, Spelling: b.spoken(d.request.capability), TTLSeconds: d.request.ttl, Reason: refusal.Error()}
+	if len(d.verdict.Answers) > 0 {
+		v := apiVerdict(d.verdict)
+		data.Decision = &v
+	}
+	_, err := b.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		partition, _ := tx.State().Binding(d.holder)
+		return tx.Append(ledger.Event{
+			Type: ledger.GrantDenied, Actor: d.actor, VM: d.holder, Partition: partition, Data: ledger.JSON(data),
+		})
+	})
+	if err != nil {
+		b.log.Error("cannot record a refusal", "vm", d.holder, "refusal", refusal, "err", err)
+	}
+	return refusal
+}
+
+// takeLabel reserves the label under which the VM will see the resource. A
+// chosen one must be free; otherwise one is made from the resource's name.
+func (b *Broker) takeLabel(d decided) (label string, release func(), err error) {
+	instance := b.instances()[d.holder]
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	used := map[string]bool{}
+	b.ledger.View(func(s *ledger.State) {
+		for _, g := range s.Grants(ledger.Filter{Holder: d.holder, States: []ledger.GrantState{ledger.Pending, ledger.Active, ledger.Revoking}}) {
+			// What an earlier run mounted is gone from the VM, even where its
+			// end is not yet on record.
+			used[g.Label] = used[g.Label] || g.Persist || g.Instance == instance
+		}
+	})
+	free := func(l string) bool { return !used[l] && !b.labels[labelKey{d.holder, l}] }
+	take := func(l string) (string, func(), error) {
+		key := labelKey{d.holder, l}
+		b.labels[key] = true
+		return l, func() {
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			delete(b.labels, key)
+		}, nil
+	}
+	if d.label != "" {
+		if err := wire.CheckLabel(d.label); err != nil {
+			return "", nil, api.Errorf(api.CodeInvalid, "cannot use %q as a label: %v", d.label, err)
+		}
+		if !free(d.label) {
+			return "", nil, api.Errorf(api.CodeConflict, "VM %s already has a grant labelled %q", b.vmName(d.holder), d.label)
+		}
+		return take(d.label)
+	}
+	base := labelFrom(d.capability)
+	for n := 1; ; n++ {
+		l := base
+		if n > 1 {
+			l = fmt.Sprintf("%s-%d", base, n)
+		}
+		if free(l) {
+			return take(l)
+		}
+	}
+}
+
+// labelFrom makes a label from the last part of a resource's name.
+func labelFrom(c capabilities.Capability) string {
+	const most = 48 // leaves room for a number
+	name := strings.ToLower(path.Base(c.Resource.String()))
+	name = strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r == '.' || r == '_' || r == '-' {
+			return r
+		}
+		return '-'
+	}, name)
+	name = strings.TrimLeft(name, "._-")
+	if len(name) > most {
+		name = name[:most]
+	}
+	if name == "" {
+		name = c.Kind
+	}
+	return name
+}
+
+// await returns the grant once done says so, or ctx's error with its state by
+// then.
+func (b *Broker) await(ctx context.Context, id uuid.UUID, done func(ledger.Grant) bool) (ledger.Grant, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	wake := b.ledger.Subscribe(ctx)
+	for {
+		var g ledger.Grant
+		b.ledger.View(func(s *ledger.State) { g, _ = s.Grant(id) })
+		if done(g) {
+			return g, nil
+		}
+		select {
+		case <-wake:
+		case <-ctx.Done():
+			return g, ctx.Err()
+		}
+	}
+}
+
+// outcome waits until a grant is true or has failed.
+func (b *Broker) outcome(ctx context.Context, g ledger.Grant) (ledger.Grant, error) {
+	began := time.Now()
+	g, err := b.await(ctx, g.ID, func(g ledger.Grant) bool { return g.State != ledger.Pending })
+	if err != nil {
+		e := api.Errorf(api.CodeTimeout, "grant %s is decided and recorded, and not applied yet; `spectrum-cap show %s` tells how it goes on", g.ID, g.ID)
+		shown := b.apiGrant(context.WithoutCancel(ctx), g)
+		e.Grant = &shown
+		return g, e
+	}
+	if g.State == ledger.Active {
+		b.metrics.applied(time.Since(began))
+		return g, nil
+	}
+	e := applyError(b.reconciler.Failure(g.ID), g)
+	shown := b.apiGrant(ctx, g)
+	e.Grant = &shown
+	return g, e
+}

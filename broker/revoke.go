@@ -1,0 +1,97 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/google/uuid"
+
+	"spectrum-os.org/broker/broker/api"
+	"spectrum-os.org/broker/broker/ledger"
+	"spectrum-os.org/broker/vmm/shim"
+)
+
+// revocation is what became of a revocation: access is cut, or will be and is
+// not yet seen to be.
+type revocation struct{ revoked, revoking []ledger.Grant }
+
+// revoke ends the grants that pick selects, with all that derives from them.
+// They are selected where they are revoked: no grant slips in between. It is
+// durable when it returns; with wait it returns when access is cut, or ctx ends.
+// Where it cannot be recorded, access is cut all the same, and the error says so.
+func (b *Broker) revoke(ctx context.Context, actor ledger.Actor, pick func(*ledger.State) []uuid.UUID, reason string, wait bool) (revocation, error) {
+	began := time.Now()
+	var all []uuid.UUID
+	_, err := b.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		all = all[:0]
+		s := tx.State()
+		seen := map[uuid.UUID]bool{}
+		for _, root := range pick(s) {
+			for _, id := range append([]uuid.UUID{root}, s.Subtree(root)...) {
+				if seen[id] {
+					continue
+				}
+				seen[id] = true
+				all = append(all, id)
+				why := reason
+				if id != root {
+					why = "derived from grant " + root.String() + ", which was revoked"
+				}
+				err := tx.Append(ledger.NewChange(ledger.GrantRevoking, actor, id, ledger.Change{Reason: why}))
+				// One that has ended already needs no ending.
+				if err != nil && !errors.Is(err, ledger.ErrIllegalMove) {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return revocation{}, b.cutUnrecorded(actor, pick, reason, err)
+	}
+	b.ledger.View(func(s *ledger.State) {
+		for _, id := range all {
+			if g, ok := s.Grant(id); ok {
+				b.reconciler.Wake(g.Holder)
+			}
+		}
+	})
+	var out revocation
+	for _, id := range all {
+		var g ledger.Grant
+		if wait {
+			// An expired ctx makes this answer at once with what is true.
+			g, _ = b.await(ctx, id, func(g ledger.Grant) bool { return g.State.Final() })
+		} else {
+			b.ledger.View(func(s *ledger.State) { g, _ = s.Grant(id) })
+		}
+		if g.State.Final() {
+			out.revoked = append(out.revoked, g)
+		} else {
+			out.revoking = append(out.revoking, g)
+		}
+	}
+	if wait && len(out.revoking) == 0 {
+		b.metrics.cut(time.Since(began))
+	}
+	return out, nil
+}
+
+// only selects these grants.
+func only(ids ...uuid.UUID) func(*ledger.State) []uuid.UUID {
+	return func(*ledger.State) []uuid.UUID { return ids }
+}
+
+// applyError is the API's error for a grant that could not be applied.
+func applyError(cause error, g ledger.Grant) *api.Error {
+	if refused, ok := errors.AsType[*shim.Error](cause); ok && refused.Code == shim.CodeNoSlots {
+		return api.Errorf(api.CodeNoSlots, "grant %s failed: %s", g.ID, refused.Message)
+	}
+	switch g.State {
+	case ledger.Revoking, ledger.Revoked:
+		return api.Errorf(api.CodeConflict, "grant %s was revoked before it was applied: %s", g.ID, g.Reason)
+	default:
+		return api.Errorf(api.CodeConflict, "grant %s failed: %s", g.ID, g.Reason)
+	}
+}

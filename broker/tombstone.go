@@ -1,0 +1,163 @@
+package broker
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/google/uuid"
+
+	"spectrum-os.org/broker/broker/api"
+	"spectrum-os.org/broker/broker/ledger"
+)
+
+// tombstone is a revocation that the ledger could not be told yet. A file in
+// the runtime directory keeps it for a broker that is started meanwhile.
+type tombstone struct {
+	Actor  ledger.Actor `json:"actor"`
+	Reason string       `json:"reason"`
+}
+
+func (b *Broker) tombstones() string { return filepath.Join(b.o.RuntimeDir, "tombstones") }
+
+// cutUnrecorded takes grants back although that cannot be put on record, and
+// says so. Access that somebody took back must not go on because a disk is full.
+func (b *Broker) cutUnrecorded(actor ledger.Actor, pick func(*ledger.State) []uuid.UUID, reason string, cause error) error {
+	var open []ledger.Grant
+	b.ledger.View(func(s *ledger.State) {
+		seen := map[uuid.UUID]bool{}
+		for _, root := range pick(s) {
+			for _, id := range append([]uuid.UUID{root}, s.Subtree(root)...) {
+				g, ok := s.Grant(id)
+				if ok && !seen[id] && (g.State == ledger.Pending || g.State == ledger.Active) {
+					seen[id] = true
+					open = append(open, g)
+				}
+			}
+		}
+	})
+	if len(open) == 0 {
+		return unrecorded("the revocation is not durable", cause)
+	}
+	b.log.Error("a revocation cannot be recorded; cutting access all the same", "grants", len(open), "err", cause)
+	b.mu.Lock()
+	for _, g := range open {
+		b.unrecorded[g.ID] = tombstone{actor, reason}
+	}
+	b.mu.Unlock()
+	for _, g := range open {
+		if err := b.writeTombstone(g.ID, tombstone{actor, reason}); err != nil {
+			b.log.Error("a restart of the broker before the ledger can be written would bring a grant back", "grant", g.ID, "err", err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(b.ctx, b.o.stretched(5*b.o.CutDeadline+10*time.Second))
+	defer cancel()
+	done := "access was cut"
+	if err := b.reconciler.CutNow(ctx, open); err != nil {
+		done = "access is being cut, which has not ended yet"
+	}
+	return api.Errorf(api.CodeUnavailable, "%s, but the revocation could not be recorded: the ledger cannot be written. "+
+		"It will be recorded as soon as it can; make room on the state directory's disk, do not restart the host before, "+
+		"and see that the grants are shown as revoked", done).WithCause(cause)
+}
+
+// writeTombstone is durable when it returns.
+func (b *Broker) writeTombstone(grant uuid.UUID, t tombstone) error {
+	if err := os.MkdirAll(b.tombstones(), 0o700); err != nil {
+		return err
+	}
+	body, err := json.Marshal(t)
+	if err != nil {
+		return err
+	}
+	f, err := os.OpenFile(filepath.Join(b.tombstones(), grant.String()), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(body)
+	err = errors.Join(err, f.Sync(), f.Close())
+	dir, openErr := os.Open(b.tombstones())
+	if openErr != nil {
+		return errors.Join(err, openErr)
+	}
+	return errors.Join(err, dir.Sync(), dir.Close())
+}
+
+// findTombstones takes over the revocations that the last broker could not
+// record, and records them. What a file holds is not needed for that.
+func (b *Broker) findTombstones(ctx context.Context) error {
+	entries, err := os.ReadDir(b.tombstones())
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("cannot look for unrecorded revocations: %w", err)
+	}
+	b.mu.Lock()
+	for _, e := range entries {
+		grant, err := uuid.Parse(e.Name())
+		if err != nil {
+			b.log.Warn("not a grant's tombstone; left alone", "path", filepath.Join(b.tombstones(), e.Name()))
+			continue
+		}
+		t := tombstone{Actor: brokerActor}
+		body, err := os.ReadFile(filepath.Join(b.tombstones(), e.Name()))
+		if err != nil || json.Unmarshal(body, &t) != nil {
+			t = tombstone{Actor: brokerActor, Reason: "revoked while the ledger could not be written"}
+		}
+		b.unrecorded[grant] = t
+	}
+	b.mu.Unlock()
+	return b.recordTombstones(ctx)
+}
+
+// recordTombstones puts on record what could not be before. The grants that
+// derive from them end with them.
+func (b *Broker) recordTombstones(ctx context.Context) error {
+	b.mu.Lock()
+	late := make(map[uuid.UUID]tombstone, len(b.unrecorded))
+	for id, t := range b.unrecorded {
+		late[id] = t
+	}
+	b.mu.Unlock()
+	if len(late) == 0 {
+		return nil
+	}
+	_, err := b.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		s := tx.State()
+		for id, t := range late {
+			if _, known := s.Grant(id); !known {
+				continue
+			}
+			for _, id := range append([]uuid.UUID{id}, s.Subtree(id)...) {
+				err := tx.Append(ledger.NewChange(ledger.GrantRevoking, t.Actor, id, ledger.Change{Reason: t.Reason}))
+				if err != nil && !errors.Is(err, ledger.ErrIllegalMove) {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("cannot record a revocation: %w", err)
+	}
+	for id := range late {
+		if err := os.Remove(filepath.Join(b.tombstones(), id.String())); err != nil && !errors.Is(err, os.ErrNotExist) {
+			b.log.Warn("cannot remove the tombstone of a revocation that is on record now", "grant", id, "err", err)
+		}
+		b.mu.Lock()
+		delete(b.unrecorded, id)
+		b.mu.Unlock()
+		b.reconciler.Unbar(id)
+		if !b.ready.Load() {
+			continue // no shim may be adopted yet; whoever settles wakes all VMs
+		}
+		b.ledger.View(func(s *ledger.State) {
+			if g, ok := s.Grant(id); ok {
+				b.reconciler.Wake(g.Holder)
+			}
+		})
+	}
+	return nil
+}

@@ -1,0 +1,156 @@
+package capabilities
+
+import (
+	"crypto/ed25519"
+	"crypto/sha256"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/veraison/go-cose"
+)
+
+// Verifier checks tokens of one issuer and epoch. It never changes, so it is
+// safe for concurrent use; a new epoch or key is a new Verifier.
+type Verifier struct {
+	issuer string
+	epoch  uint64
+	keys   map[[keyIDSize]byte]cose.Verifier
+}
+
+// NewVerifier takes every key that may still have signed a live token. A key
+// that is not an Ed25519 public key verifies nothing.
+func NewVerifier(issuer string, epoch uint64, keys ...ed25519.PublicKey) *Verifier {
+	v := &Verifier{issuer: issuer, epoch: epoch, keys: make(map[[keyIDSize]byte]cose.Verifier, len(keys))}
+	for _, key := range keys {
+		if len(key) != ed25519.PublicKeySize {
+			continue
+		}
+		if verifier, err := cose.NewVerifier(cose.AlgorithmEdDSA, key); err == nil {
+			v.keys[[keyIDSize]byte(KeyID(key))] = verifier
+		}
+	}
+	return v
+}
+
+// Verified is a token that this issuer made and that had not expired when it
+// was looked at. Whether its grant is still live only the ledger knows.
+type Verified struct {
+	claims Claims
+}
+
+// Verify checks the key, the signature, the issuer, the epoch and the expiry,
+// in this order.
+func (v *Verifier) Verify(p *Parsed, now time.Time) (*Verified, error) {
+	if p == nil || p.message.Payload == nil {
+		return nil, fmt.Errorf("%w: nothing was parsed", ErrTokenMalformed)
+	}
+	key, ok := v.keys[p.kid]
+	if !ok {
+		return nil, fmt.Errorf("%w: kid %x", ErrTokenUnknownKey, p.kid)
+	}
+	if err := p.message.Verify(tokenAAD, key); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrTokenSignature, err)
+	}
+	if err := v.check(p.claims, now); err != nil {
+		return nil, err
+	}
+	return &Verified{claims: p.claims}, nil
+}
+
+// check is what of Verify depends on more than the token's bytes and the key.
+func (v *Verifier) check(c Claims, now time.Time) error {
+	if c.Issuer != v.issuer {
+		return fmt.Errorf("%w: %s", ErrTokenIssuer, excerpt(c.Issuer))
+	}
+	if c.Epoch != v.epoch {
+		return fmt.Errorf("%w: %d, now is %d", ErrTokenEpoch, c.Epoch, v.epoch)
+	}
+	if !c.Expiry.IsZero() && !now.Before(c.Expiry) {
+		return fmt.Errorf("%w: at %s", ErrTokenExpired, c.Expiry.Format(time.RFC3339))
+	}
+	return nil
+}
+
+// Claims are what the token says.
+func (v *Verified) Claims() Claims { return v.claims }
+
+// For tells whether the token is of use to this VM, which the caller knows by
+// the socket that it spoke through and never by what it said.
+func (v *Verified) For(holder uuid.UUID) error {
+	if holder == uuid.Nil || v.claims.Holder != holder {
+		return fmt.Errorf("%w: grant %s", ErrTokenHolder, v.claims.Grant)
+	}
+	return nil
+}
+
+// VerifyCache remembers which bytes one Verifier found to be good, so that a
+// token presented again costs a hash and not a signature. Refusals are not
+// remembered: a stranger could fill it with them. Safe for concurrent use.
+type VerifyCache struct {
+	kinds    *Kinds
+	verifier *Verifier
+
+	mu     sync.Mutex
+	tokens map[[sha256.Size]byte]*Verified
+	order  [][sha256.Size]byte // a ring: the oldest is replaced
+	next   int
+}
+
+// NewVerifyCache remembers at most size tokens (at least one).
+func NewVerifyCache(kinds *Kinds, verifier *Verifier, size int) *VerifyCache {
+	return &VerifyCache{
+		kinds:    kinds,
+		verifier: verifier,
+		tokens:   make(map[[sha256.Size]byte]*Verified),
+		order:    make([][sha256.Size]byte, max(size, 1)),
+	}
+}
+
+// Verify is ParseToken and Verifier.Verify. Issuer, epoch and expiry are
+// checked every time.
+func (c *VerifyCache) Verify(b []byte, now time.Time) (*Verified, error) {
+	if len(b) > MaxToken {
+		return nil, fmt.Errorf("%w: longer than %d bytes", ErrTokenMalformed, MaxToken)
+	}
+	sum := sha256.Sum256(b)
+	c.mu.Lock()
+	found := c.tokens[sum]
+	c.mu.Unlock()
+	if found != nil {
+		if err := c.verifier.check(found.claims, now); err != nil {
+			return nil, err
+		}
+		return found, nil
+	}
+	p, err := c.kinds.ParseToken(b)
+	if err != nil {
+		return nil, err
+	}
+	v, err := c.verifier.Verify(p, now)
+	if err != nil {
+		return nil, err
+	}
+	c.remember(sum, v)
+	return v, nil
+}
+
+func (c *VerifyCache) remember(sum [sha256.Size]byte, v *Verified) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, ok := c.tokens[sum]; ok {
+		return // another goroutine was first
+	}
+	delete(c.tokens, c.order[c.next])
+	c.order[c.next] = sum
+	c.next = (c.next + 1) % len(c.order)
+	c.tokens[sum] = v
+}
+
+// Len is how many tokens are remembered.
+func (c *VerifyCache) Len() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.tokens)
+}

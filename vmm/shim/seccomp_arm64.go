@@ -1,0 +1,7 @@
+package shim
+
+import "golang.org/x/sys/unix"
+
+const auditArch = unix.AUDIT_ARCH_AARCH64
+
+func archRules() []sysRule { return nil }
