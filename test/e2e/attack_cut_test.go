@@ -219,26 +219,53 @@ func (w *world) cutPaused(t *testing.T, subject, innocent uuid.UUID, idle timing
 	}
 	t.Logf("seen to be cut after %v, with a deadline of %v", took.Round(time.Millisecond), w.Stretched(cutDeadline))
 
+	// The request to let go, or the reader, may have found a dead virtiofsd: then
+	// the guest's own hot-plug stands still until it restarts, and the answer
+	// must say that nothing was mounted.
 	resume()
 	g := &guest{w, subject, w.Guest(subject)}
 	w.must(g.Await(w.ctx(30 * time.Second)))
 	reader, err := g.Start(w.ctx(10*time.Second), execclient.Command{Argv: []string{"sh", "-c", "head -c 16 /run/spectrum/fs/held/blob"}})
 	w.must(err)
 	next := w.grant(subject, other, "after")
-	if err := g.reads("after", "alpha"); err != nil {
-		t.Errorf("the next grant to the VM that was paused: %v", err)
-	}
 	if now := w.shimState(subject); now.SlotsFree != before.SlotsFree-1 {
 		t.Errorf("%d slots are free beside one grant, want %d: the retired slot is used again", now.SlotsFree, before.SlotsFree-1)
+	}
+	degraded := 1
+	if next.MountPath == "" {
+		t.Logf("the guest's hot-plug stands still: %s", next.Reason)
+		degraded++
+		if !strings.Contains(next.Reason, "did not mount it in time") {
+			t.Errorf("a grant that the guest did not mount says %q", next.Reason)
+		}
+	} else if err := g.reads("after", "alpha"); err != nil {
+		t.Errorf("the next grant to the VM that was paused: %v", err)
 	}
 	w.revoke(next.ID)
 	reader.Kill()
 	if r, _ := reader.Sofar(); len(r.Stdout) > 0 {
 		t.Errorf("after the cut the guest reads %q", r.Stdout)
 	}
-	if vm := w.show(subject); len(vm.Degraded) != 1 {
-		t.Errorf("degraded: %q", vm.Degraded)
+	if vm := w.show(subject); vm.State != api.VMDegraded || len(vm.Degraded) != degraded {
+		t.Errorf("the VM is shown as %s: %q, want %d reasons", vm.State, vm.Degraded, degraded)
 	}
+
+	// A restart heals it.
+	now := 0.0
+	_, err = w.direct.StopVM(w.ctx(30*time.Second), subject.String(), api.StopRequest{GraceSeconds: &now})
+	w.must(err)
+	g = w.boot(subject)[0]
+	if vm := w.show(subject); vm.State != api.VMRunning || len(vm.Degraded) > 0 {
+		t.Errorf("after a restart the VM is %s: %q", vm.State, vm.Degraded)
+	}
+	if now := w.shimState(subject); now.SlotsFree != before.SlotsFree+1 {
+		t.Errorf("after a restart %d slots are free, want %d", now.SlotsFree, before.SlotsFree+1)
+	}
+	healed := w.grant(subject, other, "healed")
+	if err := g.reads("healed", "alpha"); err != nil {
+		t.Errorf("after a restart: %v", err)
+	}
+	w.revoke(healed.ID)
 }
 
 // timing is how long a grant and a revocation take, the median of some.
