@@ -59,8 +59,10 @@ func (l hostOnly) Accept() (net.Conn, error) {
 	}
 }
 
-// Watch tells m about devices that come and go until ctx ends: at each event
-// and, since events can be lost, every few seconds.
+// Watch tells m about devices that come and go until ctx ends, and never without
+// an event: m asks its mounts whether they are gone, and a request to a device
+// that no longer answers would hold up that device's removal, and with it the
+// guest's hot-plug, for good.
 func Watch(ctx context.Context, m *Mounts, events func(ctx context.Context, wake func()) error, log *slog.Logger) {
 	var reader sync.WaitGroup
 	defer reader.Wait()
@@ -79,14 +81,11 @@ func Watch(ctx context.Context, m *Mounts, events func(ctx context.Context, wake
 			}
 		}
 	})
-	sweep := time.NewTicker(5 * time.Second)
-	defer sweep.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-wake:
-		case <-sweep.C:
 		}
 		m.DevicesChanged()
 	}

@@ -9,8 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Uevents calls wake at each of the kernel's events about a virtio device,
-// until ctx ends or the socket fails.
+// Uevents calls wake at each of the kernel's events about a virtio device, and
+// whenever it may have missed one: at its start and where the kernel says that it
+// lost some. It returns when ctx ends or the socket fails.
 func Uevents(ctx context.Context, wake func()) error {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_KOBJECT_UEVENT)
 	if err != nil {
@@ -25,6 +26,7 @@ func Uevents(ctx context.Context, wake func()) error {
 	}
 	stop := context.AfterFunc(ctx, func() { _ = f.Close() })
 	defer stop()
+	wake()
 	buf := make([]byte, 16<<10)
 	for {
 		n, err := f.Read(buf)
