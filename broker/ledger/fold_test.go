@@ -173,12 +173,22 @@ func TestMaxDepth(t *testing.T) {
 	}
 }
 
+var errGivenUp = errors.New("given up")
+
 // model is what the ledger should know, in its simplest form.
 type model struct {
 	state  map[uuid.UUID]GrantState
 	parent map[uuid.UUID]uuid.UUID
+	holder map[uuid.UUID]uuid.UUID
 	order  []uuid.UUID
 	names  map[uuid.UUID]string
+}
+
+// open are the grants of a holder, or of everybody, that are not final.
+func (m *model) open(holder uuid.UUID) []uuid.UUID {
+	return slices.DeleteFunc(slices.Clone(m.order), func(id uuid.UUID) bool {
+		return m.state[id].Final() || holder != uuid.Nil && m.holder[id] != holder
+	})
 }
 
 func (m *model) alive(id uuid.UUID) bool {
@@ -207,9 +217,30 @@ func TestFoldAgainstModel(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		m := &model{map[uuid.UUID]GrantState{}, map[uuid.UUID]uuid.UUID{}, nil, map[uuid.UUID]string{}}
+		m := &model{map[uuid.UUID]GrantState{}, map[uuid.UUID]uuid.UUID{}, map[uuid.UUID]uuid.UUID{}, nil, map[uuid.UUID]string{}}
+		holders := []uuid.UUID{holder, uuid.MustParse("bbbbbbbb-bbbb-4bbb-8bbb-bbbbbbbbbbbb")}
+		// opened compares what is open with the model, as any state sees it.
+		opened := func(s *State) {
+			for _, h := range append(holders, uuid.Nil) {
+				var got []uuid.UUID
+				for _, g := range s.Grants(Filter{Holder: h, States: []GrantState{Pending, Active, Revoking}}) {
+					got = append(got, g.ID)
+				}
+				if want := m.open(h); !slices.Equal(got, want) {
+					t.Fatalf("open of %s: %v, want %v", h, got, want)
+				}
+			}
+		}
 		check := func() {
 			l.View(func(s *State) {
+				opened(s)
+				for h := range s.l.held {
+					for i := s.l.newestHeld(h); i != none; i = s.l.get(i).nextHeld {
+						if st := s.l.get(i).stateName(); st.Final() {
+							t.Fatalf("the list of what %s has open still holds one that is %s", h, st)
+						}
+					}
+				}
 				var got []uuid.UUID
 				for _, g := range s.Grants(Filter{}) {
 					got = append(got, g.ID)
@@ -232,18 +263,19 @@ func TestFoldAgainstModel(t *testing.T) {
 				}
 				return rapid.SampledFrom(m.order).Draw(t, "grant")
 			}
-			switch rapid.IntRange(0, 4).Draw(t, "step") {
+			switch rapid.IntRange(0, 6).Draw(t, "step") {
 			case 0, 1:
 				id, parent := uuid.New(), uuid.Nil
 				if rapid.Bool().Draw(t, "derived") {
 					parent = pick()
 				}
-				err := try(l, requested(id, GrantRecord{Capability: c, Parent: parent}))
+				h := rapid.SampledFrom(holders).Draw(t, "holder")
+				err := try(l, NewGrant(someone, id, h, partition, GrantRecord{Capability: c, Parent: parent}))
 				if (err == nil) != (parent == uuid.Nil || m.alive(parent)) {
 					t.Fatalf("derived from %s: %v", parent, err)
 				}
 				if err == nil {
-					m.state[id], m.parent[id] = Pending, parent
+					m.state[id], m.parent[id], m.holder[id] = Pending, parent, h
 					m.order = append(m.order, id)
 				}
 			case 2:
@@ -269,6 +301,35 @@ func TestFoldAgainstModel(t *testing.T) {
 				}
 				if l, err = Open(context.Background(), o); err != nil {
 					t.Fatal(err)
+				}
+			case 5, 6:
+				// Two moves in one update, seen half way; what is given up again
+				// leaves nothing.
+				id, h, keep := uuid.New(), rapid.SampledFrom(holders).Draw(t, "holder"), rapid.Bool().Draw(t, "keep")
+				before := *m
+				before.order = slices.Clone(m.order)
+				_, err := l.Update(context.Background(), func(tx *Tx) error {
+					if err := tx.Append(NewGrant(someone, id, h, partition, GrantRecord{Capability: c})); err != nil {
+						return err
+					}
+					m.state[id], m.holder[id] = Pending, h
+					m.order = append(m.order, id)
+					opened(tx.State())
+					if err := tx.Append(NewChange(GrantFailed, someone, id, Change{Reason: "r"})); err != nil {
+						return err
+					}
+					m.state[id] = Failed
+					opened(tx.State())
+					if !keep {
+						return errGivenUp
+					}
+					return nil
+				})
+				if keep != (err == nil) {
+					t.Fatal(err)
+				}
+				if !keep {
+					m.order = before.order
 				}
 			}
 			check()

@@ -2,6 +2,7 @@ package ledger
 
 import (
 	"encoding/json"
+	"slices"
 	"sync/atomic"
 
 	"github.com/google/uuid"
@@ -215,7 +216,7 @@ type layer struct {
 
 	changed map[int32]*node // copies of nodes of the layers below
 	ids     map[uuid.UUID]int32
-	held    map[uuid.UUID]int32 // a holder's newest grant
+	held    map[uuid.UUID]int32 // a holder's newest grant that is not final
 	vms     map[uuid.UUID]vmInfo
 	aliases map[aliasKey]uuid.UUID
 	names   map[uuid.UUID]string // "" where a layer takes a name away
@@ -362,6 +363,53 @@ func (l *layer) allNames() map[uuid.UUID]string {
 	return out
 }
 
+// open are the nodes that are not final, oldest first: a holder's, or with the nil
+// UUID everybody's. It costs what is open, not what ever was.
+func (l *layer) open(holder uuid.UUID) []int32 {
+	heads := map[uuid.UUID]int32{}
+	if holder != uuid.Nil {
+		heads[holder] = l.newestHeld(holder)
+	} else {
+		for at := l; at != nil; at = at.below {
+			for h, i := range at.held {
+				if _, ok := heads[h]; !ok {
+					heads[h] = i
+				}
+			}
+		}
+	}
+	var out []int32
+	for _, i := range heads {
+		for ; i != none; i = l.get(i).nextHeld {
+			if !l.get(i).stateName().Final() {
+				out = append(out, i)
+			}
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// unlink takes what is final out of a holder's list. Only the bottom layer has
+// whole lists: those above it may be forgotten.
+func (l *layer) unlink(holder uuid.UUID) {
+	next := func(i int32) int32 {
+		for i != none && l.get(i).stateName().Final() {
+			i = l.get(i).nextHeld
+		}
+		return i
+	}
+	first := next(l.newestHeld(holder))
+	if first == none {
+		delete(l.held, holder)
+		return
+	}
+	l.held[holder] = first
+	for i := first; i != none; i = l.get(i).nextHeld {
+		l.mut(i).nextHeld = next(l.get(i).nextHeld)
+	}
+}
+
 // add puts in a new node and links it to its parent and its holder.
 func (l *layer) add(n node) {
 	i := l.len()
@@ -388,11 +436,20 @@ func (l *layer) place(i int32, n node) {
 // merge makes the layer's changes those of the layer below.
 func (l *layer) merge() {
 	to := l.below
+	var ended []uuid.UUID // holders of what became final
+	end := func(n *node) {
+		if n.stateName().Final() && !slices.Contains(ended, n.about.holder) {
+			ended = append(ended, n.about.holder)
+		}
+	}
 	for i, n := range l.changed {
 		*to.mut(i) = *n
+		end(n)
 	}
 	for i := range l.table.n {
-		to.place(l.base+i, *l.table.at(i))
+		n := l.table.at(i)
+		to.place(l.base+i, *n)
+		end(n)
 	}
 	for k, v := range l.vms {
 		setKey(&to.vms, k, v)
@@ -408,6 +465,11 @@ func (l *layer) merge() {
 		setKey(&to.names, k, v)
 	}
 	to.meta = l.meta
+	if to.below == nil {
+		for _, holder := range ended {
+			to.unlink(holder)
+		}
+	}
 	if to.due != nil {
 		to.due.prune(to)
 	}

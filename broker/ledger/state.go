@@ -56,7 +56,8 @@ func (s *State) Grant(id uuid.UUID) (Grant, bool) {
 }
 
 // Grants are those that f selects, in the order in which they were made. With
-// a holder or a parent it costs what that one has, else what the ledger has.
+// states that are not final it costs what is open, of the holder if there is one;
+// with a parent what that one has; else what the ledger has.
 func (s *State) Grants(f Filter) []Grant {
 	var out []Grant
 	take := func(i int32) {
@@ -81,11 +82,10 @@ func (s *State) Grants(f Filter) []Grant {
 			take(i)
 		}
 		slices.Reverse(out)
-	case f.Holder != uuid.Nil:
-		for i := s.l.newestHeld(f.Holder); i != none; i = s.l.get(i).nextHeld {
+	case len(f.States) > 0 && !slices.ContainsFunc(f.States, GrantState.Final):
+		for _, i := range s.l.open(f.Holder) {
 			take(i)
 		}
-		slices.Reverse(out)
 	default:
 		for i := range s.l.len() {
 			take(i)
