@@ -282,17 +282,21 @@ func (a *Applier) askAgent(ctx context.Context, agent Agent, r wire.MountRequest
 	}
 }
 
-// Withdraw returns when every process that served the share has ended.
-func (a *Applier) Withdraw(ctx context.Context, o reconcile.Object) error {
+// Withdraw returns when every process that served the share has ended, and says
+// where the guest had to be cut off.
+func (a *Applier) Withdraw(ctx context.Context, o reconcile.Object) (note string, err error) {
 	s, ok := a.host.Shim(o.VM)
 	if !ok {
-		return nil
+		return "", nil
 	}
-	if _, err := s.Remove(ctx, o.ID, o.Generation); err != nil {
-		if _, ok := a.host.Shim(o.VM); !ok {
-			return nil // the VM ended meanwhile, and everything with it
-		}
-		return err
+	removed, err := s.Remove(ctx, o.ID, o.Generation)
+	switch _, alive := a.host.Shim(o.VM); {
+	case err != nil && !alive:
+		return "", nil // the VM ended meanwhile, and everything with it
+	case err != nil:
+		return "", err
+	case removed.Killed:
+		return detail(removed), nil
 	}
-	return nil
+	return "", nil
 }

@@ -78,14 +78,16 @@ func (r *Reconciler) order(a Action) {
 func (r *Reconciler) withdraw(ctx context.Context, w *withdrawal, a Action) {
 	id, vm := a.Object.ID, a.Object.VM
 	limited, cancel := context.WithTimeout(ctx, r.o.WithdrawTimeout)
-	err := r.appliers[a.Object.Kind].Withdraw(limited, a.Object)
+	note, err := r.appliers[a.Object.Kind].Withdraw(limited, a.Object)
 	cancel()
 	if err == nil {
 		r.overtake(a.Object)
-		r.o.Log.Info("withdrawn", "object", id, "vm", vm, "why", a.Why)
+		r.o.Log.Info("withdrawn", "object", id, "vm", vm, "why", a.Why, "note", note)
 		if len(a.Object.Owners) > 0 {
 			r.mu.Lock()
-			r.cut[id] = max(r.cut[id], a.Object.Generation)
+			if done, ok := r.cut[id]; !ok || done.generation <= a.Object.Generation {
+				r.cut[id] = cutObject{a.Object.Generation, note}
+			}
 			r.mu.Unlock()
 		}
 		err = r.recordGone(ctx, vm)
@@ -189,9 +191,15 @@ func (r *Reconciler) recordEnds(ctx context.Context, v view, lost map[string]Obs
 	return len(ends) > 0, r.append(ctx, ends)
 }
 
-// recordGone moves the grants of a VM all of whose objects are cut to revoked.
-// An object is cut when it was withdrawn in the generation that the grant's end
-// gave it, so that nothing can make it again.
+// cutObject is an object that was withdrawn, and in which generation.
+type cutObject struct {
+	generation uint64
+	note       string // what had to be done by force
+}
+
+// recordGone moves the grants of a VM all of whose objects are cut to revoked,
+// and says where that took force. An object is cut when it was withdrawn in the
+// generation that the grant's end gave it, so that nothing can make it again.
 func (r *Reconciler) recordGone(ctx context.Context, vm uuid.UUID) error {
 	var ending []ledger.Grant
 	r.o.Ledger.View(func(s *ledger.State) {
@@ -201,10 +209,13 @@ func (r *Reconciler) recordGone(ctx context.Context, vm uuid.UUID) error {
 	var objects []string
 	for _, g := range ending {
 		if kind := r.kinds[g.Capability.Kind]; kind != nil && r.isCut(kind.Objects(g)) {
-			gone = append(gone, change(ledger.GrantRevoked, g.ID, ""))
 			for _, o := range kind.Objects(g) {
 				objects = append(objects, o.ID)
+				if note := r.force(o.ID); note != "" && g.Degraded == "" {
+					gone = append(gone, change(ledger.GrantDegraded, g.ID, note))
+				}
 			}
+			gone = append(gone, change(ledger.GrantRevoked, g.ID, ""))
 		}
 	}
 	if err := r.append(ctx, gone); err != nil {
@@ -218,11 +229,18 @@ func (r *Reconciler) recordGone(ctx context.Context, vm uuid.UUID) error {
 	return nil
 }
 
+// force is what had to be done to cut an object.
+func (r *Reconciler) force(object string) string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.cut[object].note
+}
+
 func (r *Reconciler) isCut(objects []Object) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, o := range objects {
-		if generation, ok := r.cut[o.ID]; !ok || generation < o.Generation {
+		if done, ok := r.cut[o.ID]; !ok || done.generation < o.Generation {
 			return false
 		}
 	}

@@ -29,8 +29,9 @@ type Applier interface {
 	// fails with [ErrNotNow] where the VM's run ended, or has yet to begin.
 	Apply(ctx context.Context, o Object) (note string, err error)
 	// Withdraw returns when nothing of the object gives access any more, and
-	// makes sure that an Apply of an older generation fails from then on.
-	Withdraw(ctx context.Context, o Object) error
+	// makes sure that an Apply of an older generation fails from then on. The
+	// note says what had to be done by force, or is "".
+	Withdraw(ctx context.Context, o Object) (note string, err error)
 }
 
 // ErrNotNow says that an application found no run of the VM to apply to. It
@@ -100,7 +101,7 @@ type Reconciler struct {
 	// not yet on record as revoked.
 	withdrawing map[string]*withdrawal
 	pauses      map[string]time.Duration
-	cut         map[string]uint64
+	cut         map[string]cutObject
 	barred      map[uuid.UUID]bool // grants that give nothing, whatever the ledger says
 }
 
@@ -130,7 +131,7 @@ func New(o Options) *Reconciler {
 	r := &Reconciler{
 		o: o, kinds: map[string]Kind{}, appliers: map[string]Applier{},
 		vms: map[uuid.UUID]*lanes{}, failures: map[uuid.UUID]error{}, missed: map[string]bool{}, caughtUp: map[string]bool{}, applying: map[string]application{},
-		withdrawing: map[string]*withdrawal{}, pauses: map[string]time.Duration{}, cut: map[string]uint64{},
+		withdrawing: map[string]*withdrawal{}, pauses: map[string]time.Duration{}, cut: map[string]cutObject{},
 		barred: map[uuid.UUID]bool{},
 	}
 	for _, a := range o.Appliers {

@@ -28,10 +28,10 @@ type place struct {
 	began                 chan struct{}
 	// stuck are objects whose withdrawal hangs until the channel is closed.
 	stuck map[string]chan struct{}
-	// note is what applications say; agentErr is what an agent does that is
+	// note is what applications say, and force what withdrawals do; agentErr is what an agent does that is
 	// asked again.
-	note     string
-	agentErr error
+	note, force string
+	agentErr    error
 }
 
 func (p *place) AgentBack(context.Context, Object) error {
@@ -78,7 +78,7 @@ func (p *place) Apply(_ context.Context, o Object) (string, error) {
 	return p.note, nil
 }
 
-func (p *place) Withdraw(ctx context.Context, o Object) error {
+func (p *place) Withdraw(ctx context.Context, o Object) (string, error) {
 	p.mu.Lock()
 	stuck := p.stuck[o.ID]
 	p.mu.Unlock()
@@ -86,18 +86,18 @@ func (p *place) Withdraw(ctx context.Context, o Object) error {
 		select {
 		case <-stuck:
 		case <-ctx.Done():
-			return ctx.Err()
+			return "", ctx.Err()
 		}
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err := p.withdrawErr; err != nil {
 		p.withdrawErr = nil
-		return err
+		return "", err
 	}
 	p.barred[o.ID] = max(p.barred[o.ID], o.Generation)
 	delete(p.objects, o.ID)
-	return nil
+	return p.force, nil
 }
 
 func (p *place) count() int {
@@ -198,6 +198,23 @@ func TestGrantIsAppliedAndWithdrawn(t *testing.T) {
 	g.await(id, ledger.Revoked)
 	if n := g.p.count(); n != 0 {
 		t.Errorf("%d objects are left", n)
+	}
+}
+
+func TestForceIsOnRecord(t *testing.T) {
+	g := newRig(t)
+	id := g.grant(nil)
+	g.await(id, ledger.Active)
+	g.p.mu.Lock()
+	g.p.force = "what served it was killed"
+	g.p.mu.Unlock()
+	g.revoke(id)
+	if got := g.await(id, ledger.Revoked); got.Degraded != "what served it was killed" {
+		t.Errorf("the record says %q", got.Degraded)
+	}
+	events, err := g.l.Events(0, ledger.EventFilter{Grant: id, Types: []ledger.EventType{ledger.GrantDegraded, ledger.GrantRevoked}}, 0)
+	if err != nil || len(events) != 2 || events[0].Type != ledger.GrantDegraded {
+		t.Errorf("recorded were %v, %v; want that it was degraded, and then revoked", events, err)
 	}
 }
 

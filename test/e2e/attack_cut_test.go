@@ -201,6 +201,9 @@ func (w *world) cutPaused(t *testing.T, subject, innocent uuid.UUID, idle timing
 	if err := <-looked; err != nil {
 		t.Error(err)
 	}
+	if g, err := w.direct.ShowGrant(w.ctx(10*time.Second), grant.ID.String()); err != nil || !strings.Contains(g.Degraded, "did not let go in time") {
+		t.Errorf("the grant does not say that it took force: %q, %v", g.Degraded, err)
+	}
 	after := w.shimState(subject)
 	if i := slices.IndexFunc(after.Objects, func(o shim.ObjectState) bool { return strings.Contains(o.ID, grant.ID.String()) }); i < 0 {
 		t.Errorf("the shim has forgotten whom it cut off: %+v", after.Objects)
