@@ -54,6 +54,8 @@ type Broker struct {
 	policyFiles  map[policy.EngineID][]string // of the revision in force
 	unrecorded   map[uuid.UUID]tombstone
 	labels       map[labelKey]bool // taken by grants that are being decided
+
+	quotas quotas
 }
 
 // Wiring is what a broker is made of that differs between builds: the kinds of
@@ -77,6 +79,7 @@ func Run(ctx context.Context, o Options, w Wiring) (err error) {
 	b := &Broker{
 		o: o, log: o.Log, started: time.Now(), ctx: ctx,
 		kinds:   capabilities.NewKinds(w.Kinds...),
+		quotas:  quotas{perMinute: o.GuestRequests, burst: o.GuestBurst},
 		running: map[uuid.UUID]*unit{}, policyErrors: map[policy.EngineID]string{}, policyFiles: map[policy.EngineID][]string{}, labels: map[labelKey]bool{}, unrecorded: map[uuid.UUID]tombstone{},
 	}
 	b.inventory.Store(&inventory{})

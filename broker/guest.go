@@ -83,6 +83,9 @@ func (s guestService) Request(ctx context.Context, vm uuid.UUID, req api.GuestRe
 		}
 		r.parent = &parent
 	}
+	if err := s.mayRecord(ctx, vm); err != nil {
+		return api.GuestGrant{}, err
+	}
 	g, err := b.grant(ctx, r)
 	if err == nil {
 		g, err = b.outcome(ctx, g)
@@ -152,7 +155,8 @@ func (s guestService) Drop(ctx context.Context, vm, id uuid.UUID, token string) 
 }
 
 // ownToken accepts a token that this broker signed for this VM and that is in
-// force. Any other is refused in the same words, and on record.
+// force. Any other is refused in the same words, and on record as long as the VM
+// has not filled that.
 func (s guestService) ownToken(ctx context.Context, vm uuid.UUID, text string) (ledger.Grant, error) {
 	raw, err := base64.RawURLEncoding.Strict().DecodeString(text)
 	if err != nil {
@@ -183,6 +187,10 @@ type refusedData struct {
 }
 
 func (s guestService) refuseToken(ctx context.Context, vm, grant uuid.UUID, cause error) error {
+	refusal := api.Errorf(api.CodeTokenRefused, "the token is not accepted").WithCause(cause)
+	if s.mayRecord(ctx, vm) != nil {
+		return refusal
+	}
 	_, err := s.b.ledger.Update(ctx, func(tx *ledger.Tx) error {
 		partition, _ := tx.State().Binding(vm)
 		return tx.Append(ledger.Event{
@@ -193,7 +201,7 @@ func (s guestService) refuseToken(ctx context.Context, vm, grant uuid.UUID, caus
 	if err != nil {
 		s.b.log.Error("cannot record a refused token", "vm", vm, "err", err)
 	}
-	return api.Errorf(api.CodeTokenRefused, "the token is not accepted").WithCause(cause)
+	return refusal
 }
 
 func (b *Broker) guestGrant(g ledger.Grant) api.GuestGrant {

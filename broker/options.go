@@ -46,6 +46,9 @@ type Options struct {
 	Segments int
 	// MaxGrants bounds the live grants of one VM. Default 256.
 	MaxGrants int
+	// GuestRequests is how many requests a minute one VM may put on record, for as
+	// long as it likes, and GuestBurst how many at once. Default 12 and 120.
+	GuestRequests, GuestBurst int
 	// Stretch multiplies every timeout that waits for a guest or a worker, the
 	// cut deadline among them, for machines without hardware virtualisation.
 	// It never stretches a lease. Default 1.
@@ -80,6 +83,8 @@ func (o *Options) defaults() error {
 	orElse(&o.BootGrace, 30*time.Second)
 	orElse(&o.Segments, 5)
 	orElse(&o.MaxGrants, 256)
+	orElse(&o.GuestRequests, 12)
+	orElse(&o.GuestBurst, 120)
 	orElse(&o.Stretch, 1)
 	if o.Clock == nil {
 		o.Clock = clock.System{}

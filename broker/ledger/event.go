@@ -30,6 +30,8 @@ const (
 	TokenIssued  EventType = "token.issued"  // Grant; a person was handed its token
 	TokenRefused EventType = "token.refused" // somebody presented a token that was not accepted
 
+	GuestLimited EventType = "guest.limited" // VM: its requests are refused and no longer recorded, until there are fewer
+
 	VMBound   EventType = "vm.bound"   // VM, Partition (nil: built-in); BoundData
 	VMStarted EventType = "vm.started" // VM; RunData
 	VMExited  EventType = "vm.exited"  // VM; RunData

@@ -24,6 +24,7 @@ func buildEventKinds() map[string]*eventKind {
 		{name: GrantDegraded, grant: true},
 		{name: TokenIssued, grant: true},
 		{name: TokenRefused},
+		{name: GuestLimited, vm: true},
 		{name: VMBound, vm: true},
 		{name: VMStarted, vm: true},
 		{name: VMExited, vm: true},

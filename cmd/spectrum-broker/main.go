@@ -83,6 +83,8 @@ own. It needs root. VMs, and what was granted to them, outlive it.`,
 	f.DurationVar(&o.BootGrace, "boot-grace", 0, "how long after its start a VM's agent may be silent (default 30s)")
 	f.IntVar(&o.Segments, "pci-segments", 0, "PCI segments of each VM; each holds 29 grants (default 5)")
 	f.IntVar(&o.MaxGrants, "max-grants", 0, "live grants that one VM may hold (default 256)")
+	f.IntVar(&o.GuestRequests, "guest-requests", 0, "requests a minute that one VM may make for as long as it likes (default 12)")
+	f.IntVar(&o.GuestBurst, "guest-burst", 0, "requests that one VM may make at once (default 120)")
 	f.Float64Var(&o.Stretch, "stretch", 1, "factor on every timeout that waits for a guest or a worker, for slow machines")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	return c
@@ -97,6 +99,13 @@ func run(ctx context.Context, o broker.Options, mode, level string) error {
 	var l slog.Level
 	if err := l.UnmarshalText([]byte(level)); err != nil {
 		return fmt.Errorf("--log-level %q is none of debug, info, warn and error", level)
+	}
+	for name, n := range map[string]int{
+		"pci-segments": o.Segments, "max-grants": o.MaxGrants, "guest-requests": o.GuestRequests, "guest-burst": o.GuestBurst,
+	} {
+		if n < 0 {
+			return fmt.Errorf("--%s %d is less than 1", name, n)
+		}
 	}
 	if o.Stretch < 1 {
 		return fmt.Errorf("--stretch %v is less than 1", o.Stretch)

@@ -34,7 +34,7 @@ func (e *eventFlags) register(cmd *cobra.Command, a *app) {
 	_ = cmd.RegisterFlagCompletionFunc("grant", a.completeGrant)
 	_ = cmd.RegisterFlagCompletionFunc("type", cobra.FixedCompletions([]string{
 		"grant.", "grant.requested", "grant.denied", "grant.active", "grant.failed", "grant.revoking", "grant.revoked",
-		"grant.degraded", "token.", "token.issued", "token.refused", "vm.", "vm.bound", "vm.started", "vm.exited",
+		"grant.degraded", "token.", "token.issued", "token.refused", "guest.limited", "vm.", "vm.bound", "vm.started", "vm.exited",
 		"vm.console", "name.", "policy.", "broker.",
 	}, cobra.ShellCompDirectiveNoFileComp))
 	for _, name := range []string{"since", "until", "after"} {
