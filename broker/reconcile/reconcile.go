@@ -345,12 +345,13 @@ func (r *Reconciler) lane(vm uuid.UUID, name string, wake <-chan struct{}, pass 
 
 // view is what one pass works from.
 type view struct {
-	grants   []ledger.Grant // of the VM, not final
-	live     map[uuid.UUID]error
-	desired  []Object
-	ending   []Object
-	observed []Observed
-	plan     []Action
+	grants    []ledger.Grant // of the VM, not final
+	live      map[uuid.UUID]error
+	instances map[uuid.UUID]string
+	desired   []Object
+	ending    []Object
+	observed  []Observed
+	plan      []Action
 }
 
 func (r *Reconciler) look(ctx context.Context, vm uuid.UUID) (view, error) {
@@ -373,6 +374,9 @@ func (r *Reconciler) look(ctx context.Context, vm uuid.UUID) (view, error) {
 		v.observed = append(v.observed, seen...)
 	}
 	now := r.o.Clock.Now()
+	// Before the second look: what is revoked before its VM runs is not planned for
+	// the run.
+	v.instances = r.o.Instances()
 	r.o.Ledger.View(func(s *ledger.State) {
 		v.grants = s.Grants(ledger.Filter{Holder: vm, States: []ledger.GrantState{ledger.Pending, ledger.Active, ledger.Revoking}})
 		for _, g := range v.grants {
@@ -383,9 +387,8 @@ func (r *Reconciler) look(ctx context.Context, vm uuid.UUID) (view, error) {
 	dead := func(g ledger.Grant) bool { return v.live[g.ID] != nil }
 	v.desired = Objects(r.kinds, v.grants, alive)
 	v.ending = Objects(r.kinds, v.grants, dead)
-	instances := r.o.Instances()
-	v.observed = append(v.observed, r.missing(v, confirmed, instances[vm])...)
-	v.plan = Plan(v.desired, v.ending, v.observed, instances, now)
+	v.observed = append(v.observed, r.missing(v, confirmed, v.instances[vm])...)
+	v.plan = Plan(v.desired, v.ending, v.observed, v.instances, now)
 	return v, nil
 }
 
@@ -418,7 +421,7 @@ func (r *Reconciler) Preview(ctx context.Context, vm uuid.UUID, extra ...ledger.
 		return nil, err
 	}
 	more := Objects(r.kinds, extra, func(ledger.Grant) bool { return true })
-	return Plan(append(v.desired, more...), v.ending, v.observed, r.o.Instances(), r.o.Clock.Now()), nil
+	return Plan(append(v.desired, more...), v.ending, v.observed, v.instances, r.o.Clock.Now()), nil
 }
 
 // applyPass makes what live grants need.
@@ -441,7 +444,7 @@ func (r *Reconciler) applyPass(ctx context.Context, vm uuid.UUID) error {
 		})
 		pending := slices.ContainsFunc(d.Owners, func(g uuid.UUID) bool { return state[g] == ledger.Pending })
 		if present && pending && !planned {
-			d.Instance = r.o.Instances()[vm]
+			d.Instance = v.instances[vm]
 			actions = append(actions, Action{Apply, d, "its grant is not confirmed"})
 		}
 	}
@@ -462,6 +465,18 @@ func (r *Reconciler) apply(ctx context.Context, a Action, state map[uuid.UUID]le
 	r.mu.Lock()
 	r.applying[a.Object.ID] = application{a.Object.Generation, cancel}
 	r.mu.Unlock()
+	// The plan may be minutes old. Who revokes from here on finds the application
+	// and cancels it.
+	live := false
+	r.o.Ledger.View(func(s *ledger.State) {
+		live = slices.ContainsFunc(a.Object.Owners, func(g uuid.UUID) bool { return r.Live(s, g) == nil })
+	})
+	if !live {
+		r.mu.Lock()
+		delete(r.applying, a.Object.ID)
+		r.mu.Unlock()
+		return nil
+	}
 	note, err := r.appliers[a.Object.Kind].Apply(applyCtx, a.Object)
 	r.mu.Lock()
 	delete(r.applying, a.Object.ID)

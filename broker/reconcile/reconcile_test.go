@@ -251,6 +251,36 @@ func TestRevokedWhileItIsApplied(t *testing.T) {
 	g.await(id, ledger.Revoked)
 }
 
+// Of many that wait for their turn, none is begun once it is revoked.
+func TestNothingIsAppliedAfterItsRevocation(t *testing.T) {
+	g := newRig(t)
+	hold := make(chan struct{})
+	g.p.hold = hold
+	var ids []uuid.UUID
+	var requests []ledger.Event
+	for range 12 { // in one update, so that one pass plans them all
+		id := uuid.New()
+		ids = append(ids, id)
+		requests = append(requests, ledger.NewGrant(ledger.Actor{Kind: ledger.ActorBroker}, id, g.vm, uuid.Nil, ledger.GrantRecord{Capability: g.c, Instance: "run"}))
+	}
+	g.append(requests...)
+	for range applyWidth {
+		<-g.p.began
+	}
+	for _, id := range ids {
+		g.revoke(id)
+	}
+	for _, id := range ids {
+		g.await(id, ledger.Revoked)
+	}
+	close(hold)
+	select {
+	case <-g.p.began:
+		t.Error("an application began after its grant was revoked")
+	case <-time.After(300 * time.Millisecond):
+	}
+}
+
 func TestFailedWithdrawalIsTriedAgain(t *testing.T) {
 	g := newRig(t)
 	id := g.grant(nil)
