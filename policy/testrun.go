@@ -54,13 +54,17 @@ func runTests(src Sources) TestReport {
 	if hasErrors(c.findings) {
 		return TestReport{Findings: sortFindings(c.findings)}
 	}
-	set, err := schemaSet()
-	if err != nil {
-		return TestReport{Findings: []Finding{{File: src.Dir, Message: err.Error(), Severity: SeverityError}}}
-	}
 	fail := func(err error) TestReport {
 		c.reportAST(err)
 		return TestReport{Findings: sortFindings(c.findings)}
+	}
+	set, err := schemaSet()
+	if err != nil {
+		return fail(err)
+	}
+	schema, err := parseInputSchema()
+	if err != nil {
+		return fail(err)
 	}
 	object, err := ast.JSON(c.data)
 	if err != nil {
@@ -82,7 +86,7 @@ func runTests(src Sources) TestReport {
 	}
 	defer store.Abort(ctx, txn)
 	results, err := tester.NewRunner().
-		SetCompiler(newCompiler(set, true)).
+		SetCompiler(newCompiler(set, schema, workerCapabilities(), true)).
 		SetModules(fresh.modules).
 		SetStore(store).
 		SetParallel(1).

@@ -35,8 +35,10 @@ func (a *app) policyCheckCommand() *cobra.Command {
 		Short: "Check policies without loading them",
 		Long: `Check the policies in directories without loading them, and without a broker:
 syntax, types against the input, forbidden built-ins, the shape of the rules,
-and rules that cannot be indexed. It fails if there is an error; a warning
-alone is none. Policies are compiled in a sandbox, as the broker does it.`,
+and rules that cannot be indexed. One run reports all that it can find: a file
+that does not parse hides nothing in the others. It fails if there is an error;
+a warning alone is none. Policies are compiled in a sandbox, as the broker does
+it.`,
 		Example: `  spectrum-cap policy check ./policy
   spectrum-cap policy check /etc/spectrum-broker/policy -o json`,
 		Args: args(1, -1, "a directory"),
