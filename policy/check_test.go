@@ -205,3 +205,81 @@ _fine if {
 		})
 	}
 }
+
+// TestCheckBlamesNoOther breaks every line of a file in turn: nothing is said
+// of another that uses what is in it, and a policy loads just if it is checked
+// to.
+func TestCheckBlamesNoOther(t *testing.T) {
+	helpers := `package spectrum.grant
+
+import data.partition.lib.d
+
+default _mode := "none"
+
+_mode := "strict" if input.capability.kind == "fs"
+
+_sum(x, y) := z if {
+	z := x + y
+}
+
+_flag if {
+	input.action == "grant"
+	d.ok(input.holder)
+}
+
+_names[vm] := name if name := data.partition.vms[vm]
+
+_tags contains tag if {
+	some tag in input.holder.own.names
+	startswith(tag, "x")
+}
+
+deny contains sprintf("no %s", [input.action]) if input.action == "spawn"
+`
+	user := `package spectrum.grant
+
+allow if {
+	input.capability.kind == "fs"
+	_sum(1, 2) == 3
+	_names[input.holder.vm] == "x"
+	_mode == "strict"
+	not _flag
+}
+
+deny contains "never" if {
+	input.action == "grant"
+	"x" in _tags
+}
+
+limits contains {"max_uses": _sum(1, 2)} if input.action == "grant"
+`
+	lines := strings.Split(strings.TrimSpace(helpers), "\n")
+	broken := 0
+	for i, line := range lines {
+		for _, with := range []string{line[:len(line)/2], line + " )", "} " + line, line + "\n{", strings.Replace(line, " ", " := ", 1)} {
+			mangled := slices.Clone(lines)
+			mangled[i] = with
+			src := Sources{Dir: "p", Files: map[string][]byte{
+				"a.rego": []byte(strings.Join(mangled, "\n")), "b.rego": []byte(user),
+				"d.rego": []byte("package partition.lib.d\n\nok(h) if h.disposable\n"),
+			}}
+			findings := check(src)
+			if p, _ := compile(src); (p == nil) != hasErrors(findings) {
+				t.Errorf("line %d as %q: it loads: %t, and check says %v", i+1, with, p != nil, findings)
+			}
+			c := &compilation{src: src}
+			if c.parse(); !c.unparsed {
+				continue
+			}
+			broken++
+			for _, f := range findings {
+				if f.File != "p/a.rego" {
+					t.Errorf("line %d as %q: %s", i+1, with, f)
+				}
+			}
+		}
+	}
+	if broken < 60 {
+		t.Errorf("only %d of the files do not parse", broken)
+	}
+}

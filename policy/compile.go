@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -47,6 +48,7 @@ type compilation struct {
 	own      []*ast.Module // of the sources, the shipped library left out
 	data     ast.Object
 	findings []Finding
+	unparsed bool           // not every file parses
 	standIns map[place]bool // where a rule is that another stands in for
 }
 
@@ -102,7 +104,6 @@ func compile(src Sources) (*program, []Finding) {
 }
 
 func (c *compilation) compile() *ast.Compiler {
-	c.standIns = map[place]bool{}
 	unparsed := c.parse()
 	c.parseData()
 	schema, err := parseInputSchema()
@@ -158,13 +159,14 @@ func (c *compilation) compile() *ast.Compiler {
 }
 
 // known tells whether an error of the compiler was said before: in the round
-// before this, or of a reference, in better words. That there are too many is
-// nothing to say of a policy.
+// before this, or of a reference, in better words; or it is of a helper that
+// may be in a file that does not parse. That there are too many is nothing to
+// say of a policy.
 func (c *compilation) known(e *ast.Error) bool {
 	if e.Location == nil {
 		return e.Message == "error limit reached" && hasErrors(c.findings)
 	}
-	return c.standIns[placeOf(e.Location)] || slices.ContainsFunc(c.findings, func(f Finding) bool {
+	return c.standIns[placeOf(e.Location)] || c.unparsed && missingHelper.MatchString(e.Message) || slices.ContainsFunc(c.findings, func(f Finding) bool {
 		if f.File != e.Location.File || f.Line != e.Location.Row {
 			return false
 		}
@@ -173,6 +175,10 @@ func (c *compilation) known(e *ast.Error) bool {
 			strings.HasPrefix(f.Message, undefined) && strings.HasPrefix(e.Message, undefined)
 	})
 }
+
+// missingHelper is what the compiler says of a helper that it does not find: a
+// name with an underscore in front, or one of another package.
+var missingHelper = regexp.MustCompile(`^(undefined function (_|data\.)|var _\w+ is unsafe|undefined ref: data\.)`)
 
 func newCompiler(set *ast.SchemaSet, schema *inputSchema, caps *ast.Capabilities, tests bool) *ast.Compiler {
 	return ast.NewCompiler().
@@ -196,7 +202,7 @@ var parserOptions = ast.ParserOptions{RegoVersion: ast.RegoV1}
 
 // parse returns what stands in for the files that do not parse.
 func (c *compilation) parse() (unparsed []*ast.Module) {
-	c.modules = map[string]*ast.Module{}
+	c.modules, c.standIns = map[string]*ast.Module{}, map[place]bool{}
 	lib, err := policies.Library()
 	if err != nil {
 		c.report(nil, "%s", err)
@@ -223,6 +229,7 @@ func (c *compilation) parse() (unparsed []*ast.Module) {
 		m, err := ast.ParseModuleWithOpts(file, string(c.src.Files[name]), parserOptions)
 		if err != nil {
 			c.reportAST(err)
+			c.unparsed = true
 			if m := c.standInModule(file, c.src.Files[name]); m != nil {
 				unparsed = append(unparsed, m)
 			}
