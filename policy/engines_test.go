@@ -237,7 +237,7 @@ deny contains "y" if http.send({"url": input.action, "method": "get"})
 		}
 	}
 
-	// What only costs time is a warning, once nothing else is wrong.
+	// What only costs time is a warning.
 	write("a.rego", `package spectrum.grant
 
 allow := true
