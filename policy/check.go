@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path"
 	"slices"
+	"strings"
 )
 
 // Severities of findings.
@@ -42,7 +43,15 @@ func sortFindings(findings []Finding) []Finding {
 		return cmp.Or(cmp.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line), cmp.Compare(a.Col, b.Col),
 			cmp.Compare(a.Severity, b.Severity), cmp.Compare(a.Message, b.Message))
 	})
-	findings = slices.Compact(findings)
+	// The parser may say of one place the same again, at more length.
+	for i := len(findings) - 2; i >= 0; i-- {
+		short, long := findings[i], findings[i+1]
+		longMessage := long.Message
+		long.Message = short.Message
+		if long == short && strings.HasPrefix(longMessage, short.Message) {
+			findings = slices.Delete(findings, i, i+1)
+		}
+	}
 	if len(findings) > maxFindings {
 		findings = findings[:maxFindings]
 	}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -47,6 +48,8 @@ type compilation struct {
 	own      []*ast.Module // of the sources, the shipped library left out
 	data     ast.Object
 	findings []Finding
+	unparsed bool           // not every file parses
+	standIns map[place]bool // where a rule is that another stands in for
 }
 
 func (c *compilation) report(loc *ast.Location, format string, args ...any) {
@@ -69,7 +72,15 @@ func (c *compilation) reportAST(err error) {
 	case errors.As(err, &one):
 		message := one.Message
 		if one.Details != nil && one.Code != ast.ParseErr {
-			message += " (" + strings.Join(one.Details.Lines(), "; ") + ")"
+			var lines []string
+			for _, line := range one.Details.Lines() {
+				// Some point into a copy of the reference, which was named.
+				line = strings.Join(strings.Fields(line), " ")
+				if line != "^" && !strings.HasSuffix(message, line) {
+					lines = append(lines, line)
+				}
+			}
+			message += " (" + strings.Join(lines, "; ") + ")"
 		}
 		c.report(one.Location, "%s", message)
 	default:
@@ -93,71 +104,112 @@ func compile(src Sources) (*program, []Finding) {
 }
 
 func (c *compilation) compile() *ast.Compiler {
-	c.parse()
+	unparsed := c.parse()
 	c.parseData()
 	schema, err := parseInputSchema()
 	if err != nil {
 		c.report(nil, "%s", err)
 		return nil
 	}
-	forbidden := forbiddenBuiltins()
-	for _, m := range c.own {
-		c.checkPackage(m)
-		c.checkRules(m)
-		c.checkRefs(m, schema, forbidden)
-	}
 	set, err := schemaSet()
 	if err != nil {
 		c.report(nil, "%s", err)
 		return nil
 	}
-	// Parse errors leave holes that the compiler would report as errors of
-	// other files.
-	if len(c.modules) == 0 || c.parseFailed() {
-		return nil
+	caps, forbidden := workerCapabilities(), forbiddenBuiltins()
+	for _, m := range c.own {
+		c.checkPackage(m)
+		c.checkRules(m)
+		if c.checkRefs(m, schema, forbidden) {
+			// It was said; now the compiler has to know what it calls.
+			caps.Builtins = ast.CapabilitiesForThisVersion().Builtins
+		}
 	}
-	compiler := newCompiler(set, c.tests)
-	before := c.findings
-	compiler.Compile(c.modules)
-	for _, e := range compiler.Errors {
-		// What is forbidden is undefined to the compiler, and was said better.
-		if name, ok := strings.CutPrefix(e.Message, "undefined function "); ok && forbidden[name] {
+	c.checkDefaults()
+	c.own = append(c.own, unparsed...)
+	for _, m := range unparsed {
+		c.modules[m.Package.Loc().File] = m
+	}
+	for {
+		compiler, whole := newCompiler(set, schema, caps, c.tests), false
+		compiler.WithStageAfterID(ast.StageBuildRuleIndices, ast.CompilerStageDefinition{
+			Name: "Whole", MetricName: "whole",
+			Stage: func(*ast.Compiler) *ast.Error { whole = true; return nil },
+		})
+		compiler.Compile(c.modules)
+		for _, e := range compiler.Errors {
+			if !c.known(e) {
+				c.reportAST(e)
+			}
+		}
+		if whole {
+			c.checkTypes(compiler)
+			c.checkIndexes(compiler)
+			c.checkComparisons(compiler)
+			return compiler
+		}
+		if len(c.findings) < maxFindings && c.replaceFailed(compiler.Errors) {
 			continue
 		}
-		if e.Location != nil && slices.ContainsFunc(before, func(f Finding) bool {
-			return f.File == e.Location.File && f.Line == e.Location.Row && strings.HasPrefix(f.Message, "undefined ref")
-		}) {
-			continue
+		if !hasErrors(c.findings) {
+			c.reportAST(compiler.Errors)
 		}
-		c.reportAST(e)
+		return compiler
 	}
-	if !compiler.Failed() {
-		c.checkTypes(compiler)
-		c.checkIndexes(compiler)
-	}
-	return compiler
 }
 
-func newCompiler(set *ast.SchemaSet, tests bool) *ast.Compiler {
+// known tells whether an error of the compiler was said before: in the round
+// before this, or of a reference, in better words; or it is of a helper that
+// may be in a file that does not parse. That there are too many is nothing to
+// say of a policy.
+func (c *compilation) known(e *ast.Error) bool {
+	if e.Location == nil {
+		return e.Message == "error limit reached" && hasErrors(c.findings)
+	}
+	return c.standIns[placeOf(e.Location)] || c.unparsed && missingHelper.MatchString(e.Message) || slices.ContainsFunc(c.findings, func(f Finding) bool {
+		if f.File != e.Location.File || f.Line != e.Location.Row {
+			return false
+		}
+		const undefined = "undefined ref"
+		return f.Col == e.Location.Col && strings.HasPrefix(f.Message, e.Message) ||
+			strings.HasPrefix(f.Message, undefined) && strings.HasPrefix(e.Message, undefined)
+	})
+}
+
+// missingHelper is what the compiler says of a helper that it does not find: a
+// name with an underscore in front, or one of another package.
+var missingHelper = regexp.MustCompile(`^(undefined function (_|data\.)|var _\w+ is unsafe|undefined ref: data\.)`)
+
+func newCompiler(set *ast.SchemaSet, schema *inputSchema, caps *ast.Capabilities, tests bool) *ast.Compiler {
 	return ast.NewCompiler().
-		WithCapabilities(workerCapabilities()).
+		SetErrorLimit(maxFindings).
+		WithCapabilities(caps).
 		WithDefaultRegoVersion(ast.RegoV1).
 		WithStrict(true).
 		WithSchemas(set).
+		WithStageAfterID(ast.StageResolveRefs, ast.CompilerStageDefinition{
+			Name: "NarrowInput", MetricName: "narrow_input",
+			Stage: func(compiler *ast.Compiler) *ast.Error {
+				schema.narrow(compiler.TypeEnv.GetByRef(ast.InputRootRef))
+				return nil
+			},
+		}).
 		WithEnablePrintStatements(tests)
 }
 
-func (c *compilation) parse() {
-	c.modules = map[string]*ast.Module{}
+// parserOptions leave annotations alone: they may name schemas of their own.
+var parserOptions = ast.ParserOptions{RegoVersion: ast.RegoV1}
+
+// parse returns what stands in for the files that do not parse.
+func (c *compilation) parse() (unparsed []*ast.Module) {
+	c.modules, c.standIns = map[string]*ast.Module{}, map[place]bool{}
 	lib, err := policies.Library()
 	if err != nil {
 		c.report(nil, "%s", err)
-		return
+		return nil
 	}
-	// Annotations are not processed: they may name schemas of their own.
-	opts := ast.ParserOptions{RegoVersion: ast.RegoV1}
 	for name, text := range lib {
-		m, err := ast.ParseModuleWithOpts("spectrum/lib/"+name, string(text), opts)
+		m, err := ast.ParseModuleWithOpts("spectrum/lib/"+name, string(text), parserOptions)
 		if err != nil {
 			c.reportAST(err)
 			continue
@@ -174,18 +226,19 @@ func (c *compilation) parse() {
 			continue
 		}
 		file := c.src.display(name)
-		m, err := ast.ParseModuleWithOpts(file, string(c.src.Files[name]), opts)
+		m, err := ast.ParseModuleWithOpts(file, string(c.src.Files[name]), parserOptions)
 		if err != nil {
 			c.reportAST(err)
+			c.unparsed = true
+			if m := c.standInModule(file, c.src.Files[name]); m != nil {
+				unparsed = append(unparsed, m)
+			}
 			continue
 		}
 		c.modules[file] = m
 		c.own = append(c.own, m)
 	}
-}
-
-func (c *compilation) parseFailed() bool {
-	return hasErrors(c.findings) && len(c.own) < len(c.src.Files)
+	return unparsed
 }
 
 // parseData reads the sources' data document into data.partition.
@@ -272,7 +325,7 @@ func (p *program) prepare(c *compilation) error {
 	if len(parts) == 0 {
 		return nil
 	}
-	body, err := ast.ParseBodyWithOpts(strings.Join(parts, "; "), ast.ParserOptions{RegoVersion: ast.RegoV1})
+	body, err := ast.ParseBodyWithOpts(strings.Join(parts, "; "), parserOptions)
 	if err != nil {
 		return err
 	}

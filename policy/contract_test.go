@@ -34,12 +34,12 @@ func TestStarters(t *testing.T) {
 			if findings := check(src); len(findings) > 0 {
 				t.Errorf("check: %v", findings)
 			}
-			report := runTests(src)
+			report := runTests(testRequest{Sources: src})
 			if len(report.Findings) > 0 || len(report.Results) < 5 {
 				t.Errorf("findings %v, %d tests", report.Findings, len(report.Results))
 			}
 			for _, r := range report.Results {
-				if r.Outcome != "pass" {
+				if r.Outcome != TestPassed {
 					t.Errorf("%s:%d: %s: %s %s", r.File, r.Line, r.Name, r.Outcome, r.Detail)
 				}
 			}

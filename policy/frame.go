@@ -20,7 +20,7 @@ const (
 	opDecide                // Input → decision
 	opExplain               // Input → decision with reasons
 	opCheck                 // Sources → []Finding
-	opTest                  // Sources → TestReport
+	opTest                  // testRequest → TestReport
 	opEnd                   // one past the last
 )
 

@@ -29,7 +29,7 @@ func (c *compilation) checkIndexes(compiler *ast.Compiler) {
 	for _, name := range names {
 		tried := unindexed(compiler, byName[name][0].Ref().GroundPrefix())
 		for _, rule := range byName[name] {
-			if rule.Default {
+			if rule.Default || c.standIns[placeOf(rule.Loc())] {
 				continue
 			}
 			if loc := iterates(rule); loc != nil {

@@ -31,14 +31,15 @@ func Check(ctx context.Context, opts Options, dir string) ([]Finding, error) {
 }
 
 // Test runs the policy's own tests (rules test_… of *_test.rego), in a
-// sandboxed worker like Check.
-func Test(ctx context.Context, opts Options, dir string) (TestReport, error) {
+// sandboxed worker like Check: those whose name, data.package.rule, the regular
+// expression run matches, or all if it is empty.
+func Test(ctx context.Context, opts Options, dir, run string) (TestReport, error) {
 	src, err := ReadDir(dir)
 	if err != nil {
 		return TestReport{}, err
 	}
 	var report TestReport
-	if err := oneShot(ctx, opts, opTest, src, &report); err != nil {
+	if err := oneShot(ctx, opts, opTest, testRequest{src, run}, &report); err != nil {
 		if f, ok := fault(err, dir); ok {
 			return TestReport{Findings: []Finding{f}}, nil
 		}
@@ -47,7 +48,7 @@ func Test(ctx context.Context, opts Options, dir string) (TestReport, error) {
 	return report, nil
 }
 
-func oneShot(ctx context.Context, opts Options, kind op, src Sources, reply any) error {
+func oneShot(ctx context.Context, opts Options, kind op, request, reply any) error {
 	opts = opts.withDefaults()
 	s := newSpawner()
 	defer s.close()
@@ -59,7 +60,7 @@ func oneShot(ctx context.Context, opts Options, kind op, src Sources, reply any)
 	defer p.close()
 	stop := p.untilCancelled(ctx)
 	defer stop()
-	if err := p.call(kind, src, reply, deadline); err != nil {
+	if err := p.call(kind, request, reply, deadline); err != nil {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}

@@ -1,6 +1,8 @@
 package policy
 
 import (
+	"cmp"
+	"fmt"
 	"slices"
 	"strings"
 
@@ -61,6 +63,26 @@ func (c *compilation) checkRules(m *ast.Module) {
 	}
 }
 
+// checkDefaults takes out every default rule after the first of its name, which
+// the compiler would report without saying where it is.
+func (c *compilation) checkDefaults() {
+	first := map[string]*ast.Location{}
+	for _, m := range c.own {
+		m.Rules = slices.DeleteFunc(m.Rules, func(rule *ast.Rule) bool {
+			name := rule.Ref().String()
+			if !rule.Default {
+				return false
+			}
+			if first[name] == nil {
+				first[name] = rule.Loc()
+				return false
+			}
+			c.report(rule.Loc(), "%s has a default already, in line %d of %s", rule.Head.Ref(), first[name].Row, first[name].File)
+			return true
+		})
+	}
+}
+
 func shape(name string) string {
 	switch name {
 	case "allow":
@@ -110,8 +132,8 @@ func (c *compilation) checkLimitLiterals(rule *ast.Rule) {
 }
 
 // checkRefs finds calls of forbidden built-ins, documents a policy cannot
-// read, and fields that the input never has.
-func (c *compilation) checkRefs(m *ast.Module, schema *inputSchema, forbidden map[string]bool) {
+// read, and fields that the input never has. It tells whether there is a call.
+func (c *compilation) checkRefs(m *ast.Module, schema *inputSchema, forbidden map[string]bool) (calls bool) {
 	imports := map[string]bool{}
 	for _, i := range m.Imports {
 		imports[string(i.Name())] = true
@@ -122,6 +144,7 @@ func (c *compilation) checkRefs(m *ast.Module, schema *inputSchema, forbidden ma
 	call := func(ref ast.Ref, loc *ast.Location) {
 		if name := ref.String(); forbidden[name] {
 			c.report(loc, "built-in %s is not allowed in policies", name)
+			calls = true
 		}
 	}
 	ast.NewGenericVisitor(func(x any) bool {
@@ -144,6 +167,7 @@ func (c *compilation) checkRefs(m *ast.Module, schema *inputSchema, forbidden ma
 		}
 		return false
 	}).Walk(m)
+	return calls
 }
 
 func (c *compilation) checkRef(m *ast.Module, ref ast.Ref, loc *ast.Location, schema *inputSchema) {
@@ -168,21 +192,41 @@ func (c *compilation) checkRef(m *ast.Module, ref ast.Ref, loc *ast.Location, sc
 // checkTypes holds what the compiler inferred of the answers to their types.
 func (c *compilation) checkTypes(compiler *ast.Compiler) {
 	for _, name := range answers {
-		rules := compiler.GetRulesExact(grantPackage.Append(ast.StringTerm(name)))
+		rules := slices.DeleteFunc(slices.Clone(compiler.GetRulesExact(grantPackage.Append(ast.StringTerm(name)))), func(rule *ast.Rule) bool {
+			return c.standIns[placeOf(rule.Loc())]
+		})
 		if len(rules) == 0 {
 			continue
 		}
-		for _, rule := range rules {
-			t := compiler.TypeEnv.GetByRef(rule.Ref())
-			if !typeFits(name, t) {
-				c.report(rule.Loc(), "%s must be %s, not %s", name, shape(name), types.Sprint(t))
-				break
-			}
-			if name == "limits" {
-				c.checkLimitTypes(rule, t)
-			}
+		t := compiler.TypeEnv.GetByRef(rules[0].Ref())
+		rule := blamed(compiler, rules, name)
+		switch {
+		case !typeFits(name, t):
+			c.report(rule.Loc(), "%s must be %s, not %s", name, shape(name), types.Sprint(t))
+		case name == "limits":
+			c.checkLimitTypes(rule, t)
 		}
 	}
+}
+
+// blamed is the rule whose own type is wrong, as far as its head tells: the
+// inferred type is that of all rules together.
+func blamed(compiler *ast.Compiler, rules []*ast.Rule, name string) *ast.Rule {
+	var unknown *ast.Rule
+	for _, rule := range rules {
+		t := compiler.TypeEnv.GetByValue(cmp.Or(rule.Head.Key, rule.Head.Value).Value)
+		if t == nil {
+			unknown = cmp.Or(unknown, rule)
+			continue
+		}
+		if rule.Head.Key != nil {
+			t = types.NewSet(t)
+		}
+		if !typeFits(name, t) {
+			return rule
+		}
+	}
+	return cmp.Or(unknown, rules[0])
 }
 
 func typeFits(name string, t types.Type) bool {
@@ -213,6 +257,13 @@ func typeFits(name string, t types.Type) bool {
 }
 
 func (c *compilation) checkLimitTypes(rule *ast.Rule, t types.Type) {
+	// A literal was reported where it is written.
+	report := func(format string, args ...any) {
+		message := fmt.Sprintf(format, args...)
+		if !slices.ContainsFunc(c.findings, func(f Finding) bool { return f.Message == message }) {
+			c.report(rule.Loc(), "%s", message)
+		}
+	}
 	every(t, func(t types.Type) bool {
 		set, ok := t.(*types.Set)
 		if !ok || set.Of() == nil {
@@ -226,14 +277,16 @@ func (c *compilation) checkLimitTypes(rule *ast.Rule, t types.Type) {
 			for _, p := range object.StaticProperties() {
 				name, ok := p.Key.(string)
 				switch {
-				case !ok || !slices.Contains(limitNames, name):
-					c.report(rule.Loc(), "%s", errUnknownLimit(types.Sprint(types.NewObject([]*types.StaticProperty{p}, nil))))
+				case !ok:
+					report("%s", errUnknownLimit(fmt.Sprint(p.Key)))
+				case !slices.Contains(limitNames, name):
+					report("%s", errUnknownLimit(name))
 				case isUnknown(p.Value):
 				// Arithmetic has a type of alternatives, so one that fits is enough.
 				case name == "read_only" && !some(p.Value, isBoolean):
-					c.report(rule.Loc(), "limit read_only must be a boolean, not %s", types.Sprint(p.Value))
+					report("limit read_only must be a boolean, not %s", types.Sprint(p.Value))
 				case name != "read_only" && !some(p.Value, isNumber):
-					c.report(rule.Loc(), "limit %s must be a number, not %s", name, types.Sprint(p.Value))
+					report("limit %s must be a number, not %s", name, types.Sprint(p.Value))
 				}
 			}
 			return true

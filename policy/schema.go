@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/open-policy-agent/opa/v1/ast"
+	"github.com/open-policy-agent/opa/v1/types"
 )
 
 //go:embed schema/input.json
@@ -28,6 +29,17 @@ type inputSchema struct {
 	Properties  map[string]*inputSchema `json:"properties"`
 	Items       *inputSchema            `json:"items"`
 	AnyOf       []*inputSchema          `json:"anyOf"`
+	Values      *valueSchema            `json:"additionalProperties"`
+}
+
+// valueSchema is the schema of values by any name; false: there are none.
+type valueSchema struct{ inputSchema }
+
+func (v *valueSchema) UnmarshalJSON(text []byte) error {
+	if string(text) == "false" {
+		return nil
+	}
+	return json.Unmarshal(text, &v.inputSchema)
 }
 
 func parseInputSchema() (*inputSchema, error) {
@@ -48,6 +60,58 @@ func schemaSet() (*ast.SchemaSet, error) {
 	return set, nil
 }
 
+// narrow puts exact types into one that OPA read from this schema. OPA takes
+// null, and the values of an object without fixed fields, for anything.
+func (s *inputSchema) narrow(t types.Type) {
+	object, ok := t.(*types.Object)
+	if !ok {
+		return
+	}
+	for _, p := range object.StaticProperties() {
+		if name, ok := p.Key.(string); ok {
+			p.Value = s.Properties[name].valueType()
+		}
+	}
+}
+
+func (s *inputSchema) valueType() types.Type {
+	switch {
+	case s == nil:
+		return types.A
+	case len(s.AnyOf) > 0:
+		var t types.Type
+		for _, a := range s.AnyOf {
+			t = types.Or(t, a.valueType())
+		}
+		return t
+	}
+	switch s.Type {
+	case "null":
+		return types.Nl
+	case "boolean":
+		return types.B
+	case "integer", "number":
+		return types.N
+	case "string":
+		return types.S
+	case "array":
+		return types.NewArray(nil, s.Items.valueType())
+	case "object":
+		if len(s.Properties) == 0 && s.Values == nil {
+			return types.NewObject(nil, types.NewDynamicProperty(types.S, types.A))
+		}
+		if len(s.Properties) == 0 {
+			return types.NewObject(nil, types.NewDynamicProperty(types.S, s.Values.valueType()))
+		}
+		fields := make([]*types.StaticProperty, 0, len(s.Properties))
+		for name, p := range s.Properties {
+			fields = append(fields, types.NewStaticProperty(name, p.valueType()))
+		}
+		return types.NewObject(fields, nil)
+	}
+	return types.A
+}
+
 // alternatives are the schemas a value may have, null left out.
 func (s *inputSchema) alternatives() []*inputSchema {
 	if len(s.AnyOf) == 0 {
@@ -63,9 +127,8 @@ func (s *inputSchema) alternatives() []*inputSchema {
 }
 
 // undefined is the first step of an input reference that no document of this
-// schema can have, with what it could have been instead. OPA's own checker
-// accepts any field below an alternative that may be null, which would make
-// `input.parent.knd` a rule that silently never holds.
+// schema can have, with what it could have been instead. OPA's own checker gets
+// to see only rules in which nothing else is wrong.
 func (s *inputSchema) undefined(ref ast.Ref) (step string, have []string, bad bool) {
 	at := []*inputSchema{s}
 	for _, term := range ref[1:] {

@@ -110,16 +110,19 @@ func (w *worker) answer(f frame) ([]byte, error) {
 			return marshalDecision(w.program.decide(f.payload)), nil
 		}
 		return marshalDecision(w.program.explain(f.payload)), nil
-	case opLoad, opCheck, opTest:
+	case opTest:
+		var req testRequest
+		if err := json.Unmarshal(f.payload, &req); err != nil {
+			return nil, err
+		}
+		return json.Marshal(runTests(req))
+	case opLoad, opCheck:
 		var src Sources
 		if err := json.Unmarshal(f.payload, &src); err != nil {
 			return nil, err
 		}
-		switch f.op {
-		case opCheck:
+		if f.op == opCheck {
 			return json.Marshal(check(src))
-		case opTest:
-			return json.Marshal(runTests(src))
 		}
 		var reply loadReply
 		w.program, reply.Findings = compile(src)

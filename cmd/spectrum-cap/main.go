@@ -14,7 +14,8 @@ import (
 )
 
 func main() {
-	// "policy check" compiles policies in a sandboxed process of this binary.
+	// "policy check" and "policy test" have policies compiled and evaluated in a
+	// sandboxed process of this binary.
 	if len(os.Args) > 1 && os.Args[1] == "policy-worker" {
 		os.Exit(policy.WorkerMain())
 	}

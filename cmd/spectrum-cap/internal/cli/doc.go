@@ -3,8 +3,8 @@
 //
 // Its laws:
 //
-//   - It decides nothing: the broker does. Only "policy check" and "audit
-//     verify --state" work without one.
+//   - It decides nothing: the broker does. Only "policy check", "policy test"
+//     and "audit verify --state" work without one.
 //   - Answers go to stdout, all else to stderr. -o json and -o yaml print what
 //     the broker's API says, so that scripts need no other interface.
 //   - Each kind of failure has an exit code of its own ([ExitCodes]).
