@@ -289,8 +289,9 @@ func (g *granting) events(types ...ledger.EventType) []ledger.Event {
 }
 
 // refused asserts that a request is refused with a code and for a reason, and
-// that the refusal is all there is on record of it.
-func (g *granting) refused(r request, code api.Code, says string) *api.Error {
+// that the refusal is all there is on record of it. What else the refusal must
+// be is looked at by also.
+func (g *granting) refused(r request, code api.Code, says string, also ...func(*api.Error)) {
 	g.t.Helper()
 	grants, denials := g.count(), len(g.events(ledger.GrantDenied))
 	made, err := g.grant(g.t.Context(), r)
@@ -310,5 +311,7 @@ func (g *granting) refused(r request, code api.Code, says string) *api.Error {
 	if err := json.Unmarshal(last.Data, &d); err != nil || d.Reason != e.Detail || last.VM != r.holder || last.Actor.Kind != r.actor.Kind {
 		g.t.Errorf("on record is %s of VM %s by a %s, %v; want %q", last.Data, last.VM, last.Actor.Kind, err, e.Detail)
 	}
-	return e
+	for _, look := range also {
+		look(e)
+	}
 }

@@ -34,10 +34,12 @@ func TestCountedLimitsRefuse(t *testing.T) {
 				g := newGranting(t, policies[0], policies[1])
 				want := fmt.Sprintf("policy limits it by %s, and nothing of a fs capability can be counted", c.named)
 				for _, narrower := range []bool{false, true} {
-					e := g.refused(g.asks(mail1, "/docs", func(r *request) { r.narrower = narrower }), api.CodeDenied, want)
-					if e.Verdict == nil || e.Verdict.Outcome != api.OutcomeAllow {
-						t.Errorf("the refusal does not tell what policy said: %+v", e.Verdict)
-					}
+					r := g.asks(mail1, "/docs", func(r *request) { r.narrower = narrower })
+					g.refused(r, api.CodeDenied, want, func(e *api.Error) {
+						if e.Verdict == nil || e.Verdict.Outcome != api.OutcomeAllow {
+							t.Errorf("the refusal does not tell what policy said: %+v", e.Verdict)
+						}
+					})
 				}
 				if who == "partition" {
 					g.granted(mail2, "/docs") // another partition's VM is not limited
@@ -96,10 +98,11 @@ func TestMaxGrantsAfterPolicy(t *testing.T) {
 	g := newGranting(t, allowsAll, "package spectrum.grant\n\nallow if input.capability.resource.path == \"/a\"\n")
 	g.o.MaxGrants = 1
 	g.granted(mail1, "/a")
-	e := g.refused(g.asks(mail1, "/b"), api.CodeDenied, "")
-	if strings.Contains(e.Detail, "holds") {
-		t.Errorf("the refusal says %q", e.Detail)
-	}
+	g.refused(g.asks(mail1, "/b"), api.CodeDenied, `== "/a" does not hold (allow, p/p.rego:3)`, func(e *api.Error) {
+		if strings.Contains(e.Detail, "holds 1 grants") {
+			t.Errorf("the refusal says %q", e.Detail)
+		}
+	})
 }
 
 // However many ask at once, no more are granted than there may be.
