@@ -80,12 +80,12 @@ func (s *things) Apply(_ context.Context, o reconcile.Object) (string, error) {
 	return "", nil
 }
 
-func (s *things) Withdraw(_ context.Context, o reconcile.Object) error {
+func (s *things) Withdraw(_ context.Context, o reconcile.Object) (string, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.barred[o.ID] = max(s.barred[o.ID], o.Generation)
 	delete(s.objects, o.ID)
-	return nil
+	return "", nil
 }
 
 func (s *things) Check(context.Context, capabilities.Capability) error {

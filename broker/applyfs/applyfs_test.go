@@ -166,7 +166,7 @@ func TestPartitionIsMissing(t *testing.T) {
 		t.Error("it is shared all the same")
 	}
 	// What is in the way of an application is in the way of no withdrawal.
-	if err := New(w, mountTime).Withdraw(t.Context(), o); err != nil {
+	if _, err := New(w, mountTime).Withdraw(t.Context(), o); err != nil {
 		t.Errorf("cannot withdraw: %v", err)
 	}
 }
@@ -316,7 +316,7 @@ func TestGuestHoldsAShare(t *testing.T) {
 	s.holds = true
 	a := New(w, mountTime)
 	o.Generation = 2
-	if err := a.Withdraw(t.Context(), o); err != nil {
+	if _, err := a.Withdraw(t.Context(), o); err != nil {
 		t.Fatal(err)
 	}
 	seen, err := a.Observe(t.Context(), w.vm)
@@ -339,7 +339,7 @@ func TestWithdrawNeedsNoAgent(t *testing.T) {
 	}
 	w.asked = false
 	w.agent = nil // it would be a panic to use it
-	if err := New(w, mountTime).Withdraw(t.Context(), o); err != nil || w.asked {
+	if _, err := New(w, mountTime).Withdraw(t.Context(), o); err != nil || w.asked {
 		t.Errorf("withdrawn: %v, and the agent was asked: %v", err, w.asked)
 	}
 }
@@ -351,11 +351,11 @@ func TestWithdrawFailsRatherThanGuess(t *testing.T) {
 	s := w.fake()
 	s.err = errors.New("the shim does not answer")
 	o := w.object("a", 1, w.capability("/docs", "read"))
-	if err := New(w, mountTime).Withdraw(t.Context(), o); !errors.Is(err, s.err) {
+	if _, err := New(w, mountTime).Withdraw(t.Context(), o); !errors.Is(err, s.err) {
 		t.Errorf("withdrawn: %v, want %v", err, s.err)
 	}
 	w.seams.arm(beforeRemove, func() { w.set(nil) })
-	if err := New(w, mountTime).Withdraw(t.Context(), o); err != nil {
+	if _, err := New(w, mountTime).Withdraw(t.Context(), o); err != nil {
 		t.Errorf("withdrawn from a VM that ended meanwhile: %v", err)
 	}
 }

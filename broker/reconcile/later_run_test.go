@@ -52,9 +52,9 @@ func (p *runs) Apply(ctx context.Context, o Object) (string, error) {
 	return p.place.Apply(ctx, o)
 }
 
-func (p *runs) Withdraw(ctx context.Context, o Object) error {
+func (p *runs) Withdraw(ctx context.Context, o Object) (string, error) {
 	if p.run() == "" {
-		return nil
+		return "", nil
 	}
 	return p.place.Withdraw(ctx, o)
 }

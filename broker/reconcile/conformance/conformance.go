@@ -119,7 +119,7 @@ func (r *rig) apply(o reconcile.Object) {
 
 func (r *rig) withdraw(o reconcile.Object) {
 	r.Helper()
-	if err := r.a.Withdraw(r.ctx(), o); err != nil {
+	if _, err := r.a.Withdraw(r.ctx(), o); err != nil {
 		r.Fatalf("cannot withdraw generation %d: %v", o.Generation, err)
 	}
 }
@@ -267,7 +267,7 @@ func withdrawAtOnce(r *rig) {
 	r.apply(a)
 	ctx := r.ctx()
 	errs := atOnce(8, func() error {
-		err := r.a.Withdraw(ctx, a)
+		_, err := r.a.Withdraw(ctx, a)
 		// Each that returns says that nothing is left.
 		if w := r.World(); err == nil && len(w) != 0 {
 			err = fmt.Errorf("withdrawn, and the world has %v", w)
@@ -347,7 +347,8 @@ func olderWithdrawAfterNewerApply(r *rig) {
 	newer := r.Object("a", 3)
 	r.apply(newer)
 	before := r.World()
-	r.stale(r.a.Withdraw(r.ctx(), r.Object("a", 2)), "an older withdrawal")
+	_, err := r.a.Withdraw(r.ctx(), r.Object("a", 2))
+	r.stale(err, "an older withdrawal")
 	r.only(newer)
 	if after := r.World(); after[newer.ID] != before[newer.ID] {
 		r.Errorf("the refused withdrawal made %v of %v", after, before)
@@ -381,7 +382,7 @@ func withdrawOvertakesApply(r *rig) {
 			}
 		})
 		time.Sleep(time.Duration(i) * 4 * time.Millisecond)
-		if err := r.a.Withdraw(r.ctx(), r.Object(name, 2)); err != nil {
+		if _, err := r.a.Withdraw(r.ctx(), r.Object(name, 2)); err != nil {
 			r.Errorf("cannot withdraw what is being applied: %v", err)
 		}
 		// It is said to be gone now, not once the application has ended.
@@ -432,7 +433,7 @@ func crashInWithdraw(r *rig) {
 			a := r.Object(place, 1)
 			r.apply(a)
 			a.Generation = 2
-			r.leave(r.InterruptWithdraw[place], func(ctx context.Context) { _ = r.a.Withdraw(ctx, a) })
+			r.leave(r.InterruptWithdraw[place], func(ctx context.Context) { _, _ = r.a.Withdraw(ctx, a) })
 			r.restart()
 			r.withdraw(a)
 			r.only()
@@ -537,7 +538,7 @@ func stoppedVM(r *rig) {
 	if !errors.Is(err, reconcile.ErrNotNow) {
 		r.Errorf("applied to a VM that does not run: %v, want %v", err, reconcile.ErrNotNow)
 	}
-	if err := r.a.Withdraw(r.ctx(), a); err != nil {
+	if _, err := r.a.Withdraw(r.ctx(), a); err != nil {
 		r.Errorf("withdrawn from a VM that does not run: %v", err)
 	}
 	seen, err := r.a.Observe(r.ctx(), a.VM)
