@@ -51,9 +51,11 @@ type Broker struct {
 	mu           sync.Mutex
 	running      map[uuid.UUID]*unit // nil: being started
 	policyErrors map[policy.EngineID]string
-	policyFiles  map[policy.EngineID][]string // of the revision in force
-	unrecorded   map[uuid.UUID]tombstone
-	labels       map[labelKey]bool // taken by grants that are being decided
+	// firstLoads are the engines whose first policy is still being loaded.
+	firstLoads  map[policy.EngineID]chan struct{}
+	policyFiles map[policy.EngineID][]string // of the revision in force
+	unrecorded  map[uuid.UUID]tombstone
+	labels      map[labelKey]bool // taken by grants that are being decided
 
 	quotas quotas
 }
@@ -180,7 +182,7 @@ func (b *Broker) takeOver(ctx context.Context) error {
 	for vm := range b.holders() {
 		b.reconciler.Wake(vm)
 	}
-	if err := b.loadPolicies(ctx, brokerActor); err != nil {
+	if err := b.firstPolicies(ctx); err != nil {
 		return err
 	}
 	if err := b.catchUp(ctx); err != nil {
@@ -396,12 +398,12 @@ func (b *Broker) serve(ctx context.Context) error {
 }
 
 // keepTime wakes the VMs whose leases end, and leaves marks of the wall clock
-// so that setting it back across a restart extends nothing.
+// while there are any, so that setting it back across a restart extends nothing.
 func (b *Broker) keepTime(ctx context.Context) {
 	const look, mark = time.Second, time.Minute
 	tick := time.NewTicker(look)
 	defer tick.Stop()
-	var marked time.Time
+	var tried time.Time
 	for {
 		if b.ledger.Poisoned() != nil {
 			// What is on the disk counts, whatever was in memory.
@@ -421,7 +423,7 @@ func (b *Broker) keepTime(ctx context.Context) {
 			b.log.Error("access was cut and the ledger still cannot be told", "err", err)
 		}
 		now := b.o.Clock.Now()
-		wait := look
+		wait, unmarked := look, false
 		b.ledger.View(func(s *ledger.State) {
 			for _, id := range s.Due(now, 1024) {
 				if g, ok := s.Grant(id); ok {
@@ -433,12 +435,16 @@ func (b *Broker) keepTime(ctx context.Context) {
 					}
 				}
 			}
-			if next, ok := s.NextDeadline(now); ok && next > 0 {
-				wait = min(wait, next)
+			// Every event is a mark; without leases none is needed.
+			if next, ok := s.NextDeadline(now); ok {
+				unmarked = now.Wall.Sub(s.HighWater()) > mark
+				if next > 0 {
+					wait = min(wait, next)
+				}
 			}
 		})
-		if time.Since(marked) > mark {
-			marked = time.Now()
+		if unmarked && time.Since(tried) > mark {
+			tried = time.Now()
 			_, err := b.ledger.Update(ctx, func(tx *ledger.Tx) error {
 				return tx.Append(ledger.Event{
 					Type: ledger.ClockHighwater, Actor: brokerActor,

@@ -191,7 +191,7 @@ func (s guestService) refuseToken(ctx context.Context, vm, grant uuid.UUID, caus
 	if s.mayRecord(ctx, vm) != nil {
 		return refusal
 	}
-	_, err := s.b.ledger.Update(ctx, func(tx *ledger.Tx) error {
+	_, err := s.b.ledger.Update(context.WithoutCancel(ctx), func(tx *ledger.Tx) error {
 		partition, _ := tx.State().Binding(vm)
 		return tx.Append(ledger.Event{
 			Type: ledger.TokenRefused, Actor: ledger.Actor{Kind: ledger.ActorVM, VM: vm}, VM: vm,

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/google/uuid"
 	"golang.org/x/sync/errgroup"
@@ -286,6 +287,7 @@ func (b *Broker) loadPolicies(ctx context.Context, actor ledger.Actor) error {
 			names = append(names, dataName)
 		}
 		b.setPolicy(id, names, err)
+		b.firstLoaded(id)
 		if _, err := b.ledger.Update(ctx, func(tx *ledger.Tx) error { return tx.Append(e) }); err != nil {
 			mu.Lock()
 			defer mu.Unlock()
@@ -311,6 +313,58 @@ func (b *Broker) loadPolicies(ctx context.Context, actor ledger.Actor) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// firstPolicies loads all policies, and waits for them for a while: one partition
+// must not keep the others, and the person, from the broker. What is asked of an
+// engine waits until it has been loaded.
+func (b *Broker) firstPolicies(ctx context.Context) error {
+	const patience = 3 * time.Second
+	first := map[policy.EngineID]chan struct{}{policy.HostEngine: make(chan struct{})}
+	for id := range b.inv().partitions {
+		first[policy.PartitionEngine(id)] = make(chan struct{})
+	}
+	b.mu.Lock()
+	b.firstLoads = first
+	b.mu.Unlock()
+	loaded := make(chan error, 1)
+	b.wg.Go(func() { loaded <- b.loadPolicies(ctx, brokerActor) })
+	select {
+	case err := <-loaded:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(b.o.stretched(patience)):
+		b.log.Warn("serving while policies are still being loaded; what is asked of them waits")
+		return nil
+	}
+}
+
+func (b *Broker) firstLoaded(id policy.EngineID) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if c, ok := b.firstLoads[id]; ok {
+		close(c)
+		delete(b.firstLoads, id)
+	}
+}
+
+// awaitFirstLoads returns when none of the engines is being loaded for the first
+// time, or ctx ends. An engine that has nothing loaded by then denies.
+func (b *Broker) awaitFirstLoads(ctx context.Context, ids []policy.EngineID) {
+	for _, id := range append([]policy.EngineID{policy.HostEngine}, ids...) {
+		b.mu.Lock()
+		c, ok := b.firstLoads[id]
+		b.mu.Unlock()
+		if !ok {
+			continue
+		}
+		select {
+		case <-c:
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 type policyData struct {

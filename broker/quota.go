@@ -55,7 +55,7 @@ func (s guestService) mayRecord(ctx context.Context, vm uuid.UUID) error {
 		return nil
 	}
 	if first {
-		_, err := s.b.ledger.Update(ctx, func(tx *ledger.Tx) error {
+		_, err := s.b.ledger.Update(context.WithoutCancel(ctx), func(tx *ledger.Tx) error {
 			partition, _ := tx.State().Binding(vm)
 			return tx.Append(ledger.Event{
 				Type: ledger.GuestLimited, Actor: ledger.Actor{Kind: ledger.ActorVM, VM: vm}, VM: vm, Partition: partition,

@@ -128,7 +128,7 @@ func (b *Broker) ask(ctx context.Context, r request, explain bool) policy.Verdic
 	concern(holderPartition, true)
 	concern(r.capability.Resource.Partition())
 	in := policy.Input{
-		Action: r.action, Now: b.o.Clock.Now().Wall.UTC().Truncate(time.Second),
+		Action: r.action, Now: hostTime(b.o.Clock.Now().Wall),
 		Requester:  policy.Requester{Kind: policy.RequesterPerson, UID: r.actor.UID},
 		Holder:     policy.Holder{VM: r.holder, Ancestors: []uuid.UUID{}},
 		Capability: policyCapability(r.capability, r.ttl),
@@ -147,6 +147,7 @@ func (b *Broker) ask(ctx context.Context, r request, explain bool) policy.Verdic
 		p := policyCapability(r.parent.Capability, nil)
 		in.Parent = &p
 	}
+	b.awaitFirstLoads(ctx, ids)
 	v := b.engines.Decide(ctx, ids, func(policy.EngineID) policy.Input { return in }, explain)
 	for i := range v.Answers {
 		// Names may have changed since the engine was loaded.
@@ -154,6 +155,9 @@ func (b *Broker) ask(ctx context.Context, r request, explain bool) policy.Verdic
 	}
 	return v
 }
+
+// hostTime is a time as policies see it: on the host's wall, in its zone.
+func hostTime(wall time.Time) time.Time { return wall.Local().Truncate(time.Second) }
 
 func policyCapability(c capabilities.Capability, ttl *int64) policy.Capability {
 	resource, err := json.Marshal(c.Resource)
@@ -292,9 +296,41 @@ type recordedDecision struct {
 	Verdict  api.Verdict `json:"verdict"`
 }
 
+// Bounds of what is recorded of one engine's reasons: a policy that says much must
+// not fill the ledger, nor make an event that is too large to be recorded.
+const (
+	maxRecordedReasons = 8
+	maxRecordedText    = 256 // bytes
+)
+
+// recordedVerdict is a verdict for the ledger.
+func recordedVerdict(v policy.Verdict) api.Verdict {
+	out := apiVerdict(v)
+	out.Summary = clip(out.Summary)
+	for i := range out.Answers {
+		reasons := out.Answers[i].Reasons
+		if more := len(reasons) - maxRecordedReasons; more > 0 {
+			reasons = append(reasons[:maxRecordedReasons], api.Reason{Text: fmt.Sprintf("and %d more", more)})
+			out.Answers[i].Reasons = reasons
+		}
+		for j := range reasons {
+			reasons[j].Text = clip(reasons[j].Text)
+		}
+	}
+	return out
+}
+
+// clip cuts a text that a policy made.
+func clip(s string) string {
+	if len(s) <= maxRecordedText {
+		return s
+	}
+	return strings.ToValidUTF8(s[:maxRecordedText], "") + "…"
+}
+
 func (b *Broker) record(ctx context.Context, d decided, instance, label string) (ledger.Grant, error) {
 	id := uuid.New()
-	decision, err := json.Marshal(recordedDecision{Narrowed: d.narrowed, Verdict: apiVerdict(d.verdict)})
+	decision, err := json.Marshal(recordedDecision{Narrowed: d.narrowed, Verdict: recordedVerdict(d.verdict)})
 	if err != nil {
 		return ledger.Grant{}, fmt.Errorf("cannot encode the decision: %w", err)
 	}
@@ -363,12 +399,12 @@ type deniedData struct {
 // recordDenial puts a refusal on record and returns it. A refusal that cannot
 // be recorded is one all the same.
 func (b *Broker) recordDenial(ctx context.Context, d decided, refusal error) error {
-	data := deniedData{Action: d.action, Capability: d.request.capability, Spelling: b.spoken(d.request.capability), TTLSeconds: d.request.ttl, Reason: refusal.Error()}
+	data := deniedData{Action: d.action, Capability: d.request.capability, Spelling: b.spoken(d.request.capability), TTLSeconds: d.request.ttl, Reason: clip(refusal.Error())}
 	if len(d.verdict.Answers) > 0 {
-		v := apiVerdict(d.verdict)
+		v := recordedVerdict(d.verdict)
 		data.Decision = &v
 	}
-	_, err := b.ledger.Update(ctx, func(tx *ledger.Tx) error {
+	_, err := b.ledger.Update(context.WithoutCancel(ctx), func(tx *ledger.Tx) error {
 		partition, _ := tx.State().Binding(d.holder)
 		return tx.Append(ledger.Event{
 			Type: ledger.GrantDenied, Actor: d.actor, VM: d.holder, Partition: partition, Data: ledger.JSON(data),

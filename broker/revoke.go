@@ -18,12 +18,13 @@ type revocation struct{ revoked, revoking []ledger.Grant }
 
 // revoke ends the grants that pick selects, with all that derives from them.
 // They are selected where they are revoked: no grant slips in between. It is
-// durable when it returns; with wait it returns when access is cut, or ctx ends.
+// durable when it returns; with wait it returns when access is cut, or ctx ends,
+// which does not keep a revocation from being recorded.
 // Where it cannot be recorded, access is cut all the same, and the error says so.
 func (b *Broker) revoke(ctx context.Context, actor ledger.Actor, pick func(*ledger.State) []uuid.UUID, reason string, wait bool) (revocation, error) {
 	began := time.Now()
 	var all []uuid.UUID
-	_, err := b.ledger.Update(ctx, func(tx *ledger.Tx) error {
+	_, err := b.ledger.Update(context.WithoutCancel(ctx), func(tx *ledger.Tx) error {
 		all = all[:0]
 		s := tx.State()
 		seen := map[uuid.UUID]bool{}

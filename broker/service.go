@@ -292,7 +292,8 @@ func (b *Broker) ListGrants(ctx context.Context, f api.GrantFilter) ([]api.Grant
 }
 
 // onResource selects the grants that filter does, and of them, where a resource
-// is spelt, those that give anything of it.
+// is spelt, those that reach into it: they give part of it, or it is part of what
+// they give.
 func (b *Broker) onResource(filter ledger.Filter, spelling string) (func(*ledger.State) []ledger.Grant, error) {
 	if spelling == "" {
 		return func(s *ledger.State) []ledger.Grant { return s.Grants(filter) }, nil
@@ -302,7 +303,7 @@ func (b *Broker) onResource(filter ledger.Filter, spelling string) (func(*ledger
 		return nil, invalid(err)
 	}
 	return func(s *ledger.State) []ledger.Grant {
-		return slices.DeleteFunc(s.Grants(filter), func(g ledger.Grant) bool { return !b.kinds.Covers(resource, g.Capability) })
+		return slices.DeleteFunc(s.Grants(filter), func(g ledger.Grant) bool { return !b.kinds.Overlaps(resource, g.Capability) })
 	}, nil
 }
 

@@ -166,6 +166,9 @@ type Kind interface {
 	// Covers tells whether parent allows all that child allows; false for
 	// values that are not of this kind.
 	Covers(parent, child Capability) bool
+	// Overlaps tells whether there is something that both allow; false for values
+	// that are not of this kind.
+	Overlaps(a, b Capability) bool
 	// Attenuate returns what of c is left after n.
 	Attenuate(c Capability, n Narrowing) (Capability, error)
 }
@@ -258,6 +261,16 @@ func (k *Kinds) Covers(parent, child Capability) bool {
 	}
 	kind, ok := k.byName[parent.Kind]
 	return ok && kind.Covers(parent, child)
+}
+
+// Overlaps tells whether there is something that both allow: whoever has one
+// reaches into the other.
+func (k *Kinds) Overlaps(a, b Capability) bool {
+	if a.Kind != b.Kind {
+		return false
+	}
+	kind, ok := k.byName[a.Kind]
+	return ok && kind.Overlaps(a, b)
 }
 
 // Attenuate returns what of c is left after n.

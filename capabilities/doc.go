@@ -9,6 +9,7 @@
 //   - Covers is a partial order on the capabilities of a kind: reflexive,
 //     transitive, and antisymmetric because every capability has exactly one
 //     canonical value. Capabilities of different kinds are unrelated.
+//   - Overlaps is symmetric, and says that some capability is covered by both.
 //   - Attenuate never widens: its result is covered by what it was given.
 //   - Parsing what String printed gives the same capability back, and so does
 //     decoding what MarshalJSON or EncodeCBOR wrote.

@@ -177,6 +177,18 @@ func (FS) Covers(parent, child Capability) bool {
 	return ok && p.PartitionID == c.PartitionID && p.Path.Contains(c.Path) && child.Rights.SubsetOf(parent.Rights)
 }
 
+// Overlaps tells whether one's path is at or beneath the other's, in the same
+// partition, and they share a right.
+func (FS) Overlaps(a, b Capability) bool {
+	x, ok := fsOf(a)
+	if !ok {
+		return false
+	}
+	y, ok := fsOf(b)
+	return ok && x.PartitionID == y.PartitionID && (x.Path.Contains(y.Path) || y.Path.Contains(x.Path)) &&
+		slices.ContainsFunc(a.Rights, b.Rights.Has)
+}
+
 // Attenuate leaves the place and takes rights.
 func (FS) Attenuate(c Capability, n Narrowing) (Capability, error) {
 	r, ok := fsOf(c)

@@ -128,6 +128,39 @@ func TestCoversAgreesWithComponents(t *testing.T) {
 	})
 }
 
+func TestOverlapsIsACommonPart(t *testing.T) {
+	kinds := NewKinds(FS{})
+	rapid.Check(t, func(t *rapid.T) {
+		a, b, c := someFS().Draw(t, "a"), someFS().Draw(t, "b"), someFS().Draw(t, "c")
+		switch rapid.IntRange(0, 2).Draw(t, "related") {
+		case 0:
+			b = beneath(t, a, "b")
+			c = beneath(t, b, "c")
+		case 1:
+			a = beneath(t, b, "a")
+			c = beneath(t, a, "c")
+		}
+		got := kinds.Overlaps(a, b)
+		if got != kinds.Overlaps(b, a) {
+			t.Fatalf("%s and %s overlap one way only", a, b)
+		}
+		if kinds.Covers(a, c) && kinds.Covers(b, c) && !got {
+			t.Fatalf("%s and %s both cover %s, and do not overlap", a, b, c)
+		}
+		if !got {
+			return
+		}
+		lower := a
+		if a.Resource.(FSResource).Path.Contains(b.Resource.(FSResource).Path) {
+			lower = b
+		}
+		common, err := kinds.Attenuate(lower, Narrowing{ReadOnly: true})
+		if err != nil || !kinds.Covers(a, common) || !kinds.Covers(b, common) {
+			t.Fatalf("%s and %s overlap, and have nothing in common (%s, %v)", a, b, common, err)
+		}
+	})
+}
+
 func TestAttenuationNeverWidens(t *testing.T) {
 	kinds := NewKinds(FS{})
 	rapid.Check(t, func(t *rapid.T) {
@@ -207,6 +240,9 @@ func TestInvalidCoversNothing(t *testing.T) {
 		"unknown kind":   {Kind: "no", Resource: good.Resource, Rights: fsReadOnly},
 		"other resource": {Kind: "fs", Resource: toyResource("x"), Rights: fsReadOnly},
 	} {
+		if kinds.Overlaps(good, bad) || kinds.Overlaps(bad, good) {
+			t.Errorf("%v overlaps something", bad)
+		}
 		if kinds.Covers(good, bad) || kinds.Covers(bad, good) || kinds.Covers(bad, bad) && bad.Kind != "toy" {
 			t.Errorf("%s: is covered or covers", name)
 		}

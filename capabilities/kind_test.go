@@ -54,6 +54,8 @@ func (toyKind) EncodeCBOR(r Resource) ([]byte, error) { return r.(toyResource).M
 
 func (toyKind) Covers(parent, child Capability) bool { return parent.Equal(child) }
 
+func (toyKind) Overlaps(a, b Capability) bool { return a.Equal(b) }
+
 func (toyKind) Attenuate(c Capability, _ Narrowing) (Capability, error) { return c, nil }
 
 func TestAnotherKindNeedsNoEdit(t *testing.T) {
