@@ -28,3 +28,17 @@ func TestOwnDir(t *testing.T) {
 		}
 	}
 }
+
+func TestRuntimeDirectoryTooLongForSockets(t *testing.T) {
+	o := Options{
+		StateDir: "/s", VMM: "v", Virtiofsd: "v", Shim: "s", PolicyWorker: []string{"w"},
+		RuntimeDir: "/run/" + strings.Repeat("x", 46),
+	}
+	if err := o.defaults(); err == nil || !strings.Contains(err.Error(), "has 51 bytes") || !strings.Contains(err.Error(), "leave room for 50") {
+		t.Errorf("it is accepted, or refused with %v", err)
+	}
+	o.RuntimeDir = o.RuntimeDir[:50]
+	if err := o.defaults(); err != nil {
+		t.Errorf("the longest that fits is refused: %v", err)
+	}
+}

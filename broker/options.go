@@ -74,6 +74,11 @@ func (o *Options) defaults() error {
 	if len(o.PolicyWorker) == 0 {
 		return fmt.Errorf("no policy worker is given")
 	}
+	// The longest socket of a VM must have a path that a socket can have.
+	const longest = 107 - len("/vm/00000000-0000-4000-8000-000000000000/vsock.sock_65535")
+	if len(o.RuntimeDir) > longest {
+		return fmt.Errorf("the runtime directory %s has %d bytes; the paths of sockets beneath it leave room for %d", o.RuntimeDir, len(o.RuntimeDir), longest)
+	}
 	if o.Socket == "" {
 		o.Socket = o.RuntimeDir + "/host.sock"
 	}
