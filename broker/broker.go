@@ -311,16 +311,17 @@ func (b *Broker) endStale(ctx context.Context) error {
 // requests what is declared for those that began.
 func (b *Broker) catchUp(ctx context.Context) error {
 	units := b.units()
+	var runs map[uuid.UUID]string
+	b.ledger.View(func(s *ledger.State) { runs = s.Runs() })
 	vms := map[uuid.UUID]bool{}
-	for vm := range b.inv().definitions {
+	for vm := range runs {
 		vms[vm] = true
 	}
 	for vm := range units {
 		vms[vm] = true
 	}
 	for vm := range vms {
-		was, on := "", false
-		b.ledger.View(func(s *ledger.State) { was, on = s.Running(vm) })
+		was, on := runs[vm]
 		is, u := "", units[vm]
 		if u != nil {
 			is = u.instance()

@@ -129,13 +129,19 @@ func newGranting(t *testing.T, host, work string) *granting {
 	ctx, cancel := context.WithCancel(context.Background())
 	kinds := capabilities.NewKinds(capabilities.FS{})
 	dir := t.TempDir()
+	// Not t.TempDir: the paths of sockets must be short.
+	runtime, err := os.MkdirTemp("", "run-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(runtime) })
 	l, err := ledger.Open(ctx, ledger.Options{Dir: dir, Kinds: kinds, Clock: clock.System{}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	b := &Broker{
 		o: Options{
-			StateDir: dir, RuntimeDir: t.TempDir(), VMM: "none", Virtiofsd: "none", Shim: "none",
+			StateDir: dir, RuntimeDir: runtime, VMM: "none", Virtiofsd: "none", Shim: "none",
 			PolicyWorker: []string{exe, "policy-worker"}, Stretch: 20,
 		},
 		log: slog.New(slog.DiscardHandler), ctx: ctx, kinds: kinds, ledger: l,

@@ -261,11 +261,11 @@ func (b *Broker) grant(ctx context.Context, r request) (ledger.Grant, error) {
 		instance = u.instance()
 	}
 	if u == nil && !r.persist {
-		return ledger.Grant{}, api.Errorf(api.CodeConflict,
-			"VM %s does not run; start it first, or ask for a grant that persists", b.vmName(r.holder))
+		return ledger.Grant{}, b.recordDenial(ctx, decided{request: r}, api.Errorf(api.CodeConflict,
+			"VM %s does not run; start it first, or ask for a grant that persists", b.vmName(r.holder)))
 	}
 	if r.run != "" && r.run != instance {
-		return ledger.Grant{}, errRunOver(b.vmName(r.holder))
+		return ledger.Grant{}, b.recordDenial(ctx, decided{request: r}, errRunOver(b.vmName(r.holder)))
 	}
 	d, err := b.decide(ctx, r, false)
 	b.metrics.decided(d.verdict, time.Since(began))

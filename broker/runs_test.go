@@ -12,6 +12,7 @@ import (
 
 	"spectrum-os.org/broker/broker/api"
 	"spectrum-os.org/broker/broker/ledger"
+	"spectrum-os.org/broker/sources"
 	"spectrum-os.org/broker/vmm/shim"
 )
 
@@ -389,6 +390,28 @@ func TestCatchUp(t *testing.T) {
 	}
 	if len(got) != 0 {
 		t.Errorf("on record is also %v", got)
+	}
+}
+
+// The definition of a VM is gone when its end is found to be missing.
+func TestEndOfAVMWithoutADefinition(t *testing.T) {
+	for name, mend := range map[string]func(*granting) error{
+		"swept":     func(g *granting) error { return g.sweep(t.Context()) },
+		"caught up": func(g *granting) error { return g.catchUp(t.Context()) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := newGranting(t, allowsAll, allowsAll)
+			inv := *g.inv()
+			inv.definitions = map[uuid.UUID]sources.Definition{mail2: inv.definitions[mail2]}
+			g.inventory.Store(&inv)
+			g.vanish(mail1)
+			if err := mend(g); err != nil {
+				t.Fatal(err)
+			}
+			if on := g.events(ledger.VMExited); len(on) != 1 || on[0].VM != mail1 {
+				t.Errorf("on record are %d ends", len(on))
+			}
+		})
 	}
 }
 

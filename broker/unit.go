@@ -436,14 +436,8 @@ func endStrayed(tx *ledger.Tx, vm uuid.UUID, reason string) error {
 // sweep makes up for ends of runs that could not be recorded when they
 // happened.
 func (b *Broker) sweep(ctx context.Context) error {
-	runs := map[uuid.UUID]string{}
-	b.ledger.View(func(s *ledger.State) {
-		for vm := range b.inv().definitions {
-			if run, on := s.Running(vm); on {
-				runs[vm] = run
-			}
-		}
-	})
+	var runs map[uuid.UUID]string
+	b.ledger.View(func(s *ledger.State) { runs = s.Runs() })
 	// A run that was on record before this look, and has no unit now, is over.
 	b.mu.Lock()
 	for vm := range b.running {

@@ -183,6 +183,21 @@ func (s *State) Running(vm uuid.UUID) (instance string, ok bool) {
 	return v.instance, v.running
 }
 
+// Runs are the instances of all VMs that were started and have not exited.
+func (s *State) Runs() map[uuid.UUID]string {
+	out := map[uuid.UUID]string{}
+	seen := map[uuid.UUID]bool{}
+	for l := s.l; l != nil; l = l.below {
+		for vm, v := range l.vms {
+			if v.running && !seen[vm] {
+				out[vm] = v.instance
+			}
+			seen[vm] = true
+		}
+	}
+	return out
+}
+
 // Names are the petnames of partitions.
 func (s *State) Names() map[uuid.UUID]string { return s.l.allNames() }
 
