@@ -125,16 +125,22 @@ func (b *bench) decisions() error {
 		Holder:     policy.Holder{VM: vms[42]},
 		Capability: policy.Capability{Kind: "fs", Resource: []byte(`{"partition":"` + uuid.NewString() + `","path":"/d42"}`), Rights: []string{"read"}},
 	}
-	trip, _, err := best(wall, 15, 200, func() error {
+	decide := func() error {
 		if v := engines.Decide(b.ctx, []policy.EngineID{policy.HostEngine}, func(policy.EngineID) policy.Input { return in }, false); v.Outcome != policy.Allow {
 			return fmt.Errorf("the decision is %s: %s", v.Outcome, v.Summary())
 		}
 		return nil
-	}, func() error { return nil })
+	}
+	trip, _, err := best(wall, 15, 200, decide, func() error { return nil })
 	if err != nil {
 		return err
 	}
 	b.add(Row{What: "one decision, the broker's round trip to the worker", Value: trip / micro, Unit: "µs", Bound: absolute, Target: 150})
+	cold, err := rested(300, decide)
+	if err != nil {
+		return err
+	}
+	b.add(Row{What: "one decision, 2 ms after the last", Value: cold[0] / micro, Unit: "µs", Bound: told})
 	return nil
 }
 
@@ -185,6 +191,12 @@ func (b *bench) ledger() error {
 		return err
 	}
 	b.add(Row{What: "append and fdatasync of what a commit writes, a page and its header", Value: sync2 / micro, Unit: "µs", Bound: told})
+	cold, err := rested(300, commit, probe.once)
+	if err != nil {
+		return err
+	}
+	b.add(Row{What: "one durable commit, 2 ms after the last", Value: cold[0] / micro, Unit: "µs", Bound: told})
+	b.add(Row{What: "append and fdatasync, 2 ms after the last", Value: cold[1] / micro, Unit: "µs", Bound: told})
 	const writers, each = 64, 60
 	shared, single, err := best(wall, 5, 1, func() error {
 		var wg sync.WaitGroup

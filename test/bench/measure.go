@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -52,6 +53,32 @@ func best(clock func() time.Duration, rounds, n int, a, probe func() error) (ofA
 		ofA, ofProbe = min(ofA, x), min(ofProbe, y)
 	}
 	return ofA, ofProbe, nil
+}
+
+// rest is a pause after which a machine has to wake up again.
+const rest = 2 * time.Millisecond
+
+// rested runs things in turn, n times, each after a rest, and returns the median
+// of each in nanoseconds. What is done now and then, as a person's request is,
+// finds cold caches and a processor that sleeps.
+func rested(n int, things ...func() error) ([]float64, error) {
+	times := make([][]float64, len(things))
+	for range n {
+		for i, f := range things {
+			time.Sleep(rest)
+			began := wall()
+			if err := f(); err != nil {
+				return nil, err
+			}
+			times[i] = append(times[i], float64(wall()-began))
+		}
+	}
+	out := make([]float64, len(things))
+	for i, t := range times {
+		slices.Sort(t)
+		out[i] = t[len(t)/2]
+	}
+	return out, nil
 }
 
 // appender is the probe of a durable commit: append and fdatasync.
