@@ -100,7 +100,7 @@ func TestVerbosePolicyIsRecorded(t *testing.T) {
 	if len(on) != 1 {
 		t.Fatalf("%d refusals are on record, want 1", len(on))
 	}
-	if n := len(on[0].Data); n > 32<<10 {
+	if n := len(on[0].Data); n > 64<<10 {
 		t.Errorf("the refusal takes %d bytes", n)
 	}
 	if !strings.Contains(string(on[0].Data), "and 87 more") {

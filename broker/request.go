@@ -300,7 +300,7 @@ type recordedDecision struct {
 // not fill the ledger, nor make an event that is too large to be recorded.
 const (
 	maxRecordedReasons = 8
-	maxRecordedText    = 256 // bytes
+	maxRecordedText    = 512 // bytes
 )
 
 // recordedVerdict is a verdict for the ledger.
