@@ -145,7 +145,7 @@ func (a *app) granted(g api.Grant, quiet bool) error {
 		return err
 	}
 	if g.Narrowed {
-		a.note("policy allows less than was asked: this is %s, until %s", g.Spoken, a.until(g.Expires))
+		a.note("policy allows less than was asked: this is %s, and it ends %s", g.Spoken, a.ends(g))
 	}
 	if g.NoAgent {
 		a.note("%s is attached, but the guest has no agent to mount it", g.Spoken)
@@ -176,14 +176,11 @@ func (a *app) grantFacts(g api.Grant, all bool) facts {
 		f.add("Observed", words(g.Observed.State, g.Observed.Detail))
 	}
 	f.add("Mounted at", g.MountPath)
-	switch {
-	case g.Expires != nil:
-		f.add("Ends", stamp(*g.Expires)+" ("+a.until(g.Expires)+")")
-	case g.Persist:
-		f.add("Ends", "when revoked")
-	default:
-		f.add("Ends", "with the VM's exit")
+	ends := a.ends(g)
+	if g.Expires != nil {
+		ends = stamp(*g.Expires) + " (" + ends + ")"
 	}
+	f.add("Ends", ends)
 	if g.Parent != nil {
 		f.add("Derived from", fmt.Sprintf("%s (depth %d)", g.Parent, g.Depth))
 	}
