@@ -8,10 +8,12 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
 	"spectrum-os.org/broker/broker/api"
+	"spectrum-os.org/broker/capabilities"
 )
 
 // requestFlags are those that describe a request, for grant and explain.
@@ -22,7 +24,7 @@ type requestFlags struct {
 
 func (r *requestFlags) register(cmd *cobra.Command, a *app) {
 	f := cmd.Flags()
-	f.StringVar(&r.ttl, "ttl", "", "end it after this `duration`, such as 90s, 1h or 7d (default: with the VM's exit)")
+	f.StringVar(&r.ttl, "ttl", "", "end it after this `duration`, such as 90s, 1h or 7d (default: with the VM's exit; with --persist, when revoked)")
 	f.StringVar(&r.label, "as", "", "`label` under which the guest mounts it, at /run/spectrum/fs/LABEL")
 	f.StringVar(&r.parent, "parent", "", "derive it from this `grant`, and end it with that")
 	f.BoolVar(&r.persist, "persist", false, "keep it when the VM exits, and give it again at the next start")
@@ -188,6 +190,9 @@ func (a *app) grantFacts(g api.Grant, all bool) facts {
 	if !all {
 		return f
 	}
+	if g.Capability.Kind == (capabilities.FS{}).Name() && (g.State == api.GrantActive || g.State == api.GrantPending) {
+		f.add("By hand", "mount -t virtiofs "+mountTag(g.ID)+" DIR (in the guest)")
+	}
 	f.add("Created", stamp(g.Created))
 	for _, flag := range []struct {
 		name string
@@ -205,6 +210,9 @@ func (a *app) grantFacts(g api.Grant, all bool) facts {
 	}
 	return f
 }
+
+// mountTag is the virtio-fs tag under which the guest finds a file grant.
+func mountTag(grant uuid.UUID) string { return strings.ReplaceAll(grant.String(), "-", "") }
 
 func holderText(g api.Grant) string {
 	if g.HolderName == "" {
