@@ -156,8 +156,8 @@ func write(t *testing.T, name, text string) {
 func TestNoPartitions(t *testing.T) {
 	dir, args := world(t)
 	partitions := filepath.Join(dir, "partitions")
-	for _, make := range []func(){func() {}, func() { write(t, partitions, "a file") }} {
-		make()
+	for _, prepare := range []func(){func() {}, func() { write(t, partitions, "a file") }} {
+		prepare()
 		var out, errs strings.Builder
 		code := start(t.Context(), args, &out, &errs)
 		want := "spectrum-broker: cannot start: there is no directory " + partitions + " (--partitions); it is to hold one directory for each mounted user partition, named by its UUID, and may be empty\n"
