@@ -89,8 +89,12 @@ func register(f *pflag.FlagSet, o *broker.Options, v *flags) {
 func (v *flags) check(o *broker.Options) (slog.Level, error) {
 	var level slog.Level
 	for _, s := range []struct{ name, value string }{
-		{"state", o.StateDir}, {"runtime", o.RuntimeDir}, {"host-policy", v.hostPolicy},
-		{"vmm", o.VMM}, {"virtiofsd", o.Virtiofsd}, {"shim", o.Shim},
+		{"state", o.StateDir},
+		{"runtime", o.RuntimeDir},
+		{"host-policy", v.hostPolicy},
+		{"vmm", o.VMM},
+		{"virtiofsd", o.Virtiofsd},
+		{"shim", o.Shim},
 	} {
 		if s.value == "" {
 			return level, usage("--%s is empty", s.name)
