@@ -5,6 +5,7 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -94,7 +95,7 @@ func Run(ctx context.Context, o Options, w Wiring) (err error) {
 		return err
 	}
 	if err := b.takeOver(ctx); err != nil {
-		return fmt.Errorf("cannot take over from the last broker: %w", err)
+		return fmt.Errorf("cannot start: %w", err)
 	}
 	return b.serve(ctx)
 }
@@ -169,6 +170,9 @@ func (b *Broker) takeOver(ctx context.Context) error {
 	}
 	inv, err := b.scan(ctx)
 	if err != nil {
+		if info, missing := os.Stat(string(b.o.Partitions)); b.o.Partitions != "" && (errors.Is(missing, fs.ErrNotExist) || missing == nil && !info.IsDir()) {
+			return fmt.Errorf("there is no directory %s (--partitions); it is to hold one directory for each mounted user partition, named by its UUID, and may be empty", b.o.Partitions)
+		}
 		return err
 	}
 	b.inventory.Store(inv)

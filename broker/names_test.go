@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"spectrum-os.org/broker/agents/wire"
 	"spectrum-os.org/broker/broker/api"
 	"spectrum-os.org/broker/broker/ledger"
 	"spectrum-os.org/broker/capabilities"
@@ -156,8 +157,11 @@ func TestGuestsLearnNoNames(t *testing.T) {
 
 func TestLabelFrom(t *testing.T) {
 	for path, want := range map[string]string{
-		"/reports": "reports", "/a/My Docs": "my-docs", "/.hidden": "hidden", "/..x": "x", "/ü": "fs",
-		"/" + strings.Repeat("a", 100): strings.Repeat("a", 48),
+		"/reports": "reports", "/a/My Docs": "my-docs", "/.hidden": "hidden", "/..x": "x", "/ü": "u", "/": "files",
+		"/Ünïcode": "unicode", "/a/Ärger (2024).txt": "arger-2024-.txt", "/straße": "strae", "/日本語": "fs", "/日本語2024": "2024", "/請求書のx": "fs",
+		"/a:b": "a-b", "/…": "fs", "/---": "fs", "/x.": "x", "/a – b": "a-b",
+		"/" + strings.Repeat("a", 47) + "-b": strings.Repeat("a", 47),
+		"/" + strings.Repeat("a", 100):       strings.Repeat("a", 48),
 	} {
 		p, err := capabilities.ParseRelPath(path)
 		if err != nil {
@@ -171,16 +175,8 @@ func TestLabelFrom(t *testing.T) {
 		if got != want {
 			t.Errorf("%q gives %q, want %q", path, got, want)
 		}
-		if !regexpLabel(got) {
-			t.Errorf("%q gives %q, which is no label", path, got)
+		if err := wire.CheckLabel(got); err != nil {
+			t.Errorf("%q gives %q: %v", path, got, err)
 		}
 	}
-}
-
-func regexpLabel(s string) bool {
-	ok := s != "" && (s[0] >= 'a' && s[0] <= 'z' || s[0] >= '0' && s[0] <= '9')
-	for _, r := range s {
-		ok = ok && strings.ContainsRune("abcdefghijklmnopqrstuvwxyz0123456789._-", r)
-	}
-	return ok
 }

@@ -10,8 +10,11 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/google/uuid"
+	"golang.org/x/text/unicode/norm"
 
 	"spectrum-os.org/broker/agents/wire"
 	"spectrum-os.org/broker/broker/api"
@@ -461,25 +464,45 @@ func (b *Broker) takeLabel(d decided) (label string, release func(), err error) 
 	}
 }
 
-// labelFrom makes a label from the last part of a resource's name.
+// labelFrom makes a label from the last part of a resource's name: in lower
+// case, without accents, and without what no label can hold. Where that would
+// lose most of the name, the label is the kind's.
 func labelFrom(c capabilities.Capability) string {
 	const most = 48 // leaves room for a number
-	name := strings.ToLower(path.Base(c.Resource.String()))
-	name = strings.Map(func(r rune) rune {
-		if r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r == '.' || r == '_' || r == '-' {
-			return r
+	name := c.Resource.String()
+	if partition, ok := c.Resource.Partition(); ok {
+		name = strings.TrimPrefix(name, partition.String()+":")
+	}
+	if name = path.Base(name); name == "/" {
+		return wholePartition
+	}
+	var label strings.Builder
+	kept, lost := 0, 0
+	for _, r := range norm.NFKD.String(strings.ToLower(name)) {
+		switch {
+		case r >= 'a' && r <= 'z' || r >= '0' && r <= '9':
+			kept++
+			label.WriteRune(r)
+		case r == '.' || r == '_':
+			label.WriteRune(r)
+		case unicode.Is(unicode.Mn, r): // an accent
+		case r < utf8.RuneSelf || unicode.IsSpace(r) || unicode.IsPunct(r):
+			if !strings.HasSuffix(label.String(), "-") {
+				label.WriteRune('-')
+			}
+		default:
+			lost++
 		}
-		return '-'
-	}, name)
-	name = strings.TrimLeft(name, "._-")
-	if len(name) > most {
-		name = name[:most]
 	}
-	if name == "" {
-		name = c.Kind
+	if kept == 0 || lost > kept {
+		return c.Kind
 	}
-	return name
+	out := strings.TrimLeft(label.String(), "._-")
+	return strings.TrimRight(out[:min(len(out), most)], "._-")
 }
+
+// wholePartition labels a grant on all of a partition: its directory's name.
+const wholePartition = "files"
 
 // await returns the grant once done says so, or ctx's error with its state by
 // then.

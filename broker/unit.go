@@ -258,6 +258,9 @@ func (b *Broker) boot(ctx context.Context, d sources.Definition) (*unit, error) 
 		Binary: b.o.Shim, Spec: spec, Kernel: boot.Kernel, Initrd: boot.Initrd, Disks: disks, Log: b.log,
 	})
 	if err != nil {
+		// Its logs went with its runtime directory: what it said last is in err.
+		err = fmt.Errorf("%w; it never ran: see whether %s (--vmm) starts by itself, and whether %s is a kernel that it boots",
+			err, b.o.VMM, filepath.Join(string(d.Dir), "vmlinux"))
 		return nil, errors.Join(err, shim.Reap(dir))
 	}
 	state, err := client.State(ctx)

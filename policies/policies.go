@@ -21,9 +21,6 @@ var Starters = []string{"host", "cautious", "permissive"}
 // Library is the shipped library: file name → Rego, tests left out.
 func Library() (map[string][]byte, error) { return read("lib", false) }
 
-// Starter is one starter policy: file name → Rego, tests left out.
-func Starter(name string) (map[string][]byte, error) { return read(name, false) }
-
 // WithTests is the folder of that name, tests included.
 func WithTests(name string) (map[string][]byte, error) { return read(name, true) }
 

@@ -14,9 +14,6 @@ import (
 //go:embed schema/input.json
 var inputSchemaJSON []byte
 
-// InputSchema is the JSON schema of Input.
-func InputSchema() []byte { return slices.Clone(inputSchemaJSON) }
-
 // inputSchema is the part of JSON schema that schema/input.json uses. Only
 // anyOf is used for alternatives: OPA's type checker lets a misspelt field
 // pass through oneOf.

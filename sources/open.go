@@ -47,8 +47,5 @@ func (p Partition) open(rel capabilities.RelPath) (*Opened, error) {
 		_ = f.Close()
 		return nil, fmt.Errorf("%s is %s: it %w", shown(strings.TrimPrefix(rel.String(), "/")), typeName(st.Mode), ErrFileType)
 	}
-	return &Opened{
-		file: f, isDir: typ == unix.S_IFDIR,
-		dev: st.Dev, ino: st.Ino, uid: st.Uid, gid: st.Gid,
-	}, nil
+	return &Opened{file: f, isDir: typ == unix.S_IFDIR}, nil
 }

@@ -229,8 +229,9 @@ func TestOpenRace(t *testing.T) {
 			refused++
 			continue
 		}
-		if dev, ino := o.Identity(); dev != want.Dev || ino != want.Ino {
-			t.Errorf("escaped: opened inode %d of device %d", ino, dev)
+		var got unix.Stat_t
+		if err := unix.Fstat(int(o.File().Fd()), &got); err != nil || got.Dev != want.Dev || got.Ino != want.Ino {
+			t.Errorf("escaped: opened inode %d of device %d, %v", got.Ino, got.Dev, err)
 		}
 		o.Close()
 		opened++

@@ -97,9 +97,6 @@ type Definition struct {
 // BuiltIn tells whether the definition belongs to no partition.
 func (d Definition) BuiltIn() bool { return d.Partition == uuid.Nil }
 
-// SystemRole tells whether the definition has a role that serves other VMs.
-func (d Definition) SystemRole() bool { return d.Role != RoleApp }
-
 // DeclaredGrant is a grant that is requested at every start of a VM. Its
 // capability is not parsed here. In it, "self" stands for the definition's own
 // partition.
@@ -119,10 +116,8 @@ const (
 // Opened is a directory or a regular file beneath a partition's files/, held
 // as O_PATH: it can be bound and looked at, not read. Whoever got it closes it.
 type Opened struct {
-	file     *os.File
-	isDir    bool
-	dev, ino uint64
-	uid, gid uint32
+	file  *os.File
+	isDir bool
 }
 
 // File is the descriptor. Closing Opened closes it.
@@ -133,12 +128,6 @@ func (o *Opened) IsDir() bool { return o.isDir }
 
 // Name is the base name under which it was opened, "files" for all of files/.
 func (o *Opened) Name() string { return filepath.Base(o.file.Name()) }
-
-// Identity is the device and inode number.
-func (o *Opened) Identity() (dev, ino uint64) { return o.dev, o.ino }
-
-// Owner is the owner of the directory or file itself.
-func (o *Opened) Owner() (uid, gid uint32) { return o.uid, o.gid }
 
 // Close closes the descriptor.
 func (o *Opened) Close() error { return o.file.Close() }

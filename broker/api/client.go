@@ -52,7 +52,8 @@ type idempotencyKey struct{}
 
 // WithIdempotencyKey returns a context whose changing calls carry this key,
 // so that a call whose answer was lost can be made again. Without it each
-// call has a key of its own.
+// call has a key of its own. A call whose connection broke before the answer
+// was there is made again by itself, once, with the same key.
 func WithIdempotencyKey(ctx context.Context, key string) context.Context {
 	return context.WithValue(ctx, idempotencyKey{}, key)
 }
@@ -79,11 +80,9 @@ func newRequest(ctx context.Context, method, path string, query url.Values, body
 		req.Header.Set("Content-Type", mediaJSON)
 	}
 	if method != http.MethodGet {
-		key, isSet := ctx.Value(idempotencyKey{}).(string)
-		if !isSet {
-			key = uuid.NewString()
+		if key, isSet := ctx.Value(idempotencyKey{}).(string); isSet {
+			req.Header.Set("Idempotency-Key", key)
 		}
-		req.Header.Set("Idempotency-Key", key)
 	}
 	return req, nil
 }
@@ -121,6 +120,29 @@ func (c *Client) unreachable(ctx context.Context, err error) error {
 // call sends a request and decodes its answer into T; fields it does not know
 // are a newer broker's.
 func call[T any](ctx context.Context, c *Client, method, path string, query url.Values, body any) (T, error) {
+	if _, isSet := ctx.Value(idempotencyKey{}).(string); !isSet {
+		ctx = WithIdempotencyKey(ctx, uuid.NewString())
+	}
+	out, err := callOnce[T](ctx, c, method, path, query, body)
+	if ctx.Err() != nil || !errors.Is(err, ErrUnreachable) || neverConnected(err) {
+		return out, err
+	}
+	// It may have been done, and the answer lost: the broker knows by the key. One
+	// that was started since would not, and does not listen that soon.
+	again, retryErr := callOnce[T](ctx, c, method, path, query, body)
+	if neverConnected(retryErr) {
+		return out, err
+	}
+	return again, retryErr
+}
+
+// neverConnected tells that nobody listened, so that nothing was asked.
+func neverConnected(err error) bool {
+	op, ok := errors.AsType[*net.OpError](err)
+	return ok && op.Op == "dial"
+}
+
+func callOnce[T any](ctx context.Context, c *Client, method, path string, query url.Values, body any) (T, error) {
 	var out T
 	req, err := newRequest(ctx, method, path, query, body)
 	if err != nil {

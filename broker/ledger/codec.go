@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"time"
 	"unicode/utf8"
 
@@ -429,31 +428,6 @@ func newRequest(g *GrantRecord) (*request, error) {
 		r.hasDeadline, r.wall, r.bootID, r.boot = true, d.Wall.UnixNano(), []byte(d.BootID), uint64(d.Boot)
 	}
 	return r, nil
-}
-
-// DecodeGrantRecord reads the Data of a grant.requested event.
-func DecodeGrantRecord(kinds *capabilities.Kinds, data json.RawMessage) (GrantRecord, error) {
-	var v requestJSON
-	d := json.NewDecoder(bytes.NewReader(data))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&v); err != nil {
-		return GrantRecord{}, fmt.Errorf("%w: %w", ErrInvalidEvent, err)
-	}
-	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return GrantRecord{}, fmt.Errorf("%w: more than one value", ErrInvalidEvent)
-	}
-	c, err := kinds.DecodeJSON(v.Capability)
-	if err != nil {
-		return GrantRecord{}, fmt.Errorf("%w: %w", ErrInvalidEvent, err)
-	}
-	g := GrantRecord{
-		Instance: v.Instance, Parent: v.Parent, Capability: c, Label: v.Label,
-		Limits: v.Limits, Persist: v.Persist, Declared: v.Declared, Decision: v.Decision,
-	}
-	if v.Deadline != nil {
-		g.Deadline = *v.Deadline
-	}
-	return g, nil
 }
 
 // compact is one JSON value without white space, or nothing.

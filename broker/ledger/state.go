@@ -2,7 +2,6 @@ package ledger
 
 import (
 	"slices"
-	"time"
 
 	"github.com/google/uuid"
 
@@ -91,20 +90,6 @@ func (s *State) Grants(f Filter) []Grant {
 			take(i)
 		}
 	}
-	return out
-}
-
-// Children are the grants derived directly from id, oldest first.
-func (s *State) Children(id uuid.UUID) []uuid.UUID {
-	p, ok := s.l.find(id)
-	if !ok {
-		return nil
-	}
-	var out []uuid.UUID
-	for i := s.l.get(p).firstChild; i != none; i = s.l.get(i).nextSibling {
-		out = append(out, s.l.get(i).id)
-	}
-	slices.Reverse(out)
 	return out
 }
 
@@ -206,9 +191,6 @@ func (s *State) Epoch() uint64 { return s.l.meta.epoch }
 
 // LedgerID tells this ledger from any other.
 func (s *State) LedgerID() uuid.UUID { return s.l.meta.ledger }
-
-// HighWater is the latest wall time that was ever recorded.
-func (s *State) HighWater() time.Time { return nanoTime(s.l.meta.highwater) }
 
 // decode is the capability. One whose kind this program does not know keeps
 // its kind and has no resource: nothing covers it and nobody applies it.

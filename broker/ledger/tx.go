@@ -3,6 +3,7 @@ package ledger
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 
 	"github.com/google/uuid"
 
@@ -68,7 +69,7 @@ func (tx *Tx) Append(e Event) error {
 
 // fill encodes the data of an event, and completes one about a grant.
 func (tx *Tx) fill(n *entry) error {
-	if known := actorKinds[:]; !containsString(known, n.Actor.Kind) {
+	if !slices.Contains(actorKinds[:], n.Actor.Kind) {
 		return fmt.Errorf("%w: an actor of kind %q", ErrInvalidEvent, n.Actor.Kind)
 	}
 	if n.Type == GrantRequested {
@@ -128,15 +129,6 @@ func outlives(child, parent capabilities.Deadline, now capabilities.Instant) boo
 	}
 	return child.IsZero() || child.Wall.After(parent.Wall) || child.Remaining(now) > parent.Remaining(now) ||
 		parent.BootID == now.BootID && parent.BootID != "" && (child.BootID != parent.BootID || child.Boot > parent.Boot)
-}
-
-func containsString(list []string, s string) bool {
-	for _, v := range list {
-		if v == s {
-			return true
-		}
-	}
-	return false
 }
 
 // public is the event as callers see it, sharing nothing with the record.

@@ -5,14 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
+	"io"
 	"log/slog"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
-	"strconv"
 	"syscall"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -32,10 +31,23 @@ func main() {
 	if len(os.Args) == 2 && os.Args[1] == workerArgument {
 		os.Exit(policy.WorkerMain())
 	}
-	if err := command().Execute(); err != nil {
-		fmt.Fprintln(os.Stderr, "spectrum-broker:", err)
-		os.Exit(1)
+	os.Exit(start(context.Background(), os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// start runs the command and returns its exit code.
+func start(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	c := command()
+	c.SetArgs(args)
+	c.SetOut(stdout)
+	c.SetErr(stderr)
+	err := c.ExecuteContext(ctx)
+	if err != nil {
+		_, _ = fmt.Fprintln(stderr, "spectrum-broker:", err)
 	}
+	if exitCode(err) == exitUsage {
+		_, _ = fmt.Fprintln(stderr, "See 'spectrum-broker --help'.")
+	}
+	return exitCode(err)
 }
 
 // wiring is the one place where a kind of capability meets what applies it.
@@ -50,67 +62,40 @@ func wiring() broker.Wiring {
 
 func command() *cobra.Command {
 	o := broker.Options{Version: version()}
-	var mode, level string
-	var builtin, partitions, hostPolicy string
+	var v flags
 	c := &cobra.Command{
 		Use:   "spectrum-broker",
 		Short: "Grant capabilities to virtual machines as Rego policies decide, and take them back",
 		Long: `spectrum-broker is the host daemon of the capability broker. It serves people on
 a UNIX socket (see spectrum-cap) and each virtual machine on a socket of its
-own. It needs root. VMs, and what was granted to them, outlive it.`,
+own. It needs root. VMs, and what was granted to them, outlive it.
+
+` + exitCodeText,
 		Example: `  spectrum-broker --partitions /run/spectrum/partitions
   spectrum-broker --state /var/lib/spectrum-broker --socket-mode 0660 --socket-group wheel`,
-		Args: cobra.NoArgs, SilenceUsage: true, SilenceErrors: true, Version: o.Version,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usage("it takes flags only, not %q", args[0])
+			}
+			return nil
+		},
+		SilenceUsage: true, SilenceErrors: true, Version: o.Version,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			o.Builtin, o.Partitions, o.HostPolicy = sources.HostPath(builtin), sources.HostPath(partitions), sources.HostPath(hostPolicy)
-			return run(cmd.Context(), o, mode, level)
+			level, err := v.check(&o)
+			if err != nil {
+				return err
+			}
+			o.Builtin, o.Partitions, o.HostPolicy = sources.HostPath(v.builtin), sources.HostPath(v.partitions), sources.HostPath(v.hostPolicy)
+			o.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+			return run(cmd.Context(), o)
 		},
 	}
-	f := c.Flags()
-	f.StringVar(&o.StateDir, "state", "/var/lib/spectrum-broker", "directory of the ledger and the signing key")
-	f.StringVar(&o.RuntimeDir, "runtime", "/run/spectrum-broker", "directory of sockets and running VMs; must not outlive a boot")
-	f.StringVar(&builtin, "builtin", "", "directory of built-in VM definitions")
-	f.StringVar(&partitions, "partitions", "/run/spectrum/partitions", "directory with one directory for each user partition, named by its UUID")
-	f.StringVar(&hostPolicy, "host-policy", "/etc/spectrum-broker/policy", "directory of the host's Rego files")
-	f.StringVar(&o.Socket, "socket", "", "socket of the host API (default RUNTIME/host.sock)")
-	f.StringVar(&mode, "socket-mode", "0600", "mode of the host socket, octal")
-	f.StringVar(&o.SocketGroup, "socket-group", "", "group of the host socket, name or number")
-	f.StringVar(&o.VMM, "vmm", "cloud-hypervisor", "virtual machine monitor, a path or a name on PATH")
-	f.StringVar(&o.Virtiofsd, "virtiofsd", "virtiofsd", "virtio-fs daemon, a path or a name on PATH")
-	f.StringVar(&o.Shim, "shim", "spectrum-shim", "the shim, a path or a name on PATH or beside this program")
-	f.DurationVar(&o.CutDeadline, "cut-deadline", 0, "how long a guest may take to let go before it is cut off (default 2s)")
-	f.DurationVar(&o.StopGrace, "stop-grace", 0, "how long a guest may take to power off (default 10s)")
-	f.DurationVar(&o.BootGrace, "boot-grace", 0, "how long after its start a VM's agent may be silent (default 30s)")
-	f.IntVar(&o.Segments, "pci-segments", 0, "PCI segments of each VM; each holds 29 grants (default 5)")
-	f.IntVar(&o.MaxGrants, "max-grants", 0, "live grants that one VM may hold (default 256)")
-	f.IntVar(&o.GuestRequests, "guest-requests", 0, "requests a minute that one VM may make for as long as it likes (default 12)")
-	f.IntVar(&o.GuestBurst, "guest-burst", 0, "requests that one VM may make at once (default 120)")
-	f.Float64Var(&o.Stretch, "stretch", 1, "factor on every timeout that waits for a guest or a worker, for slow machines")
-	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	c.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
+	register(c.Flags(), &o, &v)
 	return c
 }
 
-func run(ctx context.Context, o broker.Options, mode, level string) error {
-	bits, err := strconv.ParseUint(mode, 8, 32)
-	if err != nil || bits > 0o777 {
-		return fmt.Errorf("--socket-mode %q is not an octal mode such as 0660", mode)
-	}
-	o.SocketMode = fs.FileMode(bits)
-	var l slog.Level
-	if err := l.UnmarshalText([]byte(level)); err != nil {
-		return fmt.Errorf("--log-level %q is none of debug, info, warn and error", level)
-	}
-	for name, n := range map[string]int{
-		"pci-segments": o.Segments, "max-grants": o.MaxGrants, "guest-requests": o.GuestRequests, "guest-burst": o.GuestBurst,
-	} {
-		if n < 0 {
-			return fmt.Errorf("--%s %d is less than 1", name, n)
-		}
-	}
-	if o.Stretch < 1 {
-		return fmt.Errorf("--stretch %v is less than 1", o.Stretch)
-	}
-	o.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: l}))
+func run(ctx context.Context, o broker.Options) error {
 	self, err := os.Executable()
 	if err != nil {
 		return fmt.Errorf("cannot find this program's file: %w", err)

@@ -366,7 +366,7 @@ func (b *bench) largeLedger() error {
 		}
 	}
 	var child uuid.UUID
-	l.View(func(s *ledger.State) { child = s.Children(root)[0] })
+	l.View(func(s *ledger.State) { child = s.Subtree(root)[0] })
 	began := time.Now()
 	_, err = l.Update(b.ctx, func(tx *ledger.Tx) error {
 		return tx.Append(ledger.NewChange(ledger.GrantRevoking, ledger.Actor{Kind: ledger.ActorBroker}, root, ledger.Change{}))

@@ -232,6 +232,62 @@ func TestPolicies(t *testing.T) {
 	}
 }
 
+// TestFirstPolicy holds the policy of the first page to what it says, wherever
+// the host is.
+func TestFirstPolicy(t *testing.T) {
+	for _, p := range pages(t) {
+		if p.file != "README.md" {
+			continue
+		}
+		for _, f := range p.fences {
+			if f.language != "rego" {
+				continue
+			}
+			dir := t.TempDir()
+			write(t, filepath.Join(dir, "grant.rego"), f.text)
+			write(t, filepath.Join(dir, "grant_test.rego"), `package spectrum.grant_test
+
+import data.spectrum.grant
+
+_asked(now, path) := {
+	"now": now,
+	"capability": {"kind": "fs", "resource": {"path": path}, "rights": ["read"]},
+	"holder": {"own": {"labels": {"job": "reader"}}},
+}
+
+test_by_day if {
+	grant.allow with input as _asked("2026-03-02T12:00:00+01:00", "/reports/2026")
+	count(grant.deny) == 0 with input as _asked("2026-03-02T12:00:00+01:00", "/reports/2026")
+}
+
+test_elsewhere if not grant.allow with input as _asked("2026-03-02T12:00:00Z", "/letters")
+
+# Night is where the host is: these are 10:30, 10:00 and 20:30 in UTC.
+test_night_in_the_east if grant.deny["not at night"] with input as _asked("2026-03-02T23:30:00+13:00", "/reports/x")
+
+test_night_in_the_west if grant.deny["not at night"] with input as _asked("2026-03-02T02:00:00-08:00", "/reports/x")
+
+test_morning_in_the_east if count(grant.deny) == 0 with input as _asked("2026-03-02T06:00:00+09:30", "/reports/x")
+`)
+			options := policy.Options{Worker: []string{"/proc/self/exe", workerArg}, Stretch: 4}
+			report, err := policy.Test(t.Context(), options, dir, "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(report.Results) != 5 || len(report.Findings) > 0 {
+				t.Errorf("%s:%d: %d tests, findings %v", p.file, f.number, len(report.Results), report.Findings)
+			}
+			for _, r := range report.Results {
+				if r.Failed() {
+					t.Errorf("%s:%d: %s: %s %s", p.file, f.number, r.Name, r.Outcome, r.Detail)
+				}
+			}
+			return
+		}
+	}
+	t.Error("the first page shows no policy")
+}
+
 func TestDefinitions(t *testing.T) {
 	found := 0
 	for _, p := range pages(t) {

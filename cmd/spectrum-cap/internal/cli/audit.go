@@ -14,6 +14,7 @@ import (
 
 	"spectrum-os.org/broker/broker/api"
 	"spectrum-os.org/broker/broker/ledger"
+	"spectrum-os.org/broker/capabilities"
 )
 
 // eventFlags select events.
@@ -32,14 +33,22 @@ func (e *eventFlags) register(cmd *cobra.Command, a *app) {
 	f.Uint64Var(&e.query.After, "after", 0, "only after the event with this `number`")
 	_ = cmd.RegisterFlagCompletionFunc("vm", a.completeVM)
 	_ = cmd.RegisterFlagCompletionFunc("grant", a.completeGrant)
-	_ = cmd.RegisterFlagCompletionFunc("type", cobra.FixedCompletions([]string{
-		"grant.", "grant.requested", "grant.denied", "grant.active", "grant.failed", "grant.revoking", "grant.revoked",
-		"grant.degraded", "token.", "token.issued", "token.refused", "guest.limited", "vm.", "vm.bound", "vm.started", "vm.exited",
-		"vm.console", "name.", "policy.", "broker.",
-	}, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("type", cobra.FixedCompletions(typeWords(), cobra.ShellCompDirectiveNoFileComp))
 	for _, name := range []string{"since", "until", "after"} {
 		_ = cmd.RegisterFlagCompletionFunc(name, cobra.NoFileCompletions)
 	}
+}
+
+// typeWords are what --type takes: every type, and the beginnings that they
+// share.
+func typeWords() []string {
+	var words []string
+	for _, t := range ledger.EventTypes() {
+		topic, _, _ := strings.Cut(string(t), ".")
+		words = append(words, topic+".", string(t))
+	}
+	slices.Sort(words)
+	return slices.Compact(words)
 }
 
 func (e *eventFlags) read(a *app) (q api.EventQuery, err error) {
@@ -100,7 +109,7 @@ func (a *app) readAudit(ctx context.Context, q api.EventQuery, limit int, follow
 			return err
 		}
 		for _, e := range page.Events {
-			if err := a.printEvent(e); err != nil {
+			if err := a.printEvent(ctx, e); err != nil {
 				return err
 			}
 			left--
@@ -162,7 +171,7 @@ func (a *app) follow(ctx context.Context, q api.EventQuery) error {
 			}
 			return fmt.Errorf("%w (go on with --after %d)", err, last)
 		}
-		if err := a.printEvent(e); err != nil {
+		if err := a.printEvent(ctx, e); err != nil {
 			return err
 		}
 		last = e.Seq
@@ -181,15 +190,42 @@ func (a *app) eventHead() {
 	}
 }
 
-func (a *app) printEvent(e api.Event) error {
+func (a *app) printEvent(ctx context.Context, e api.Event) error {
 	return a.printOne(e, func() string {
-		detail := eventDetail(e.Data)
+		named := strings.HasPrefix(e.Type, "name.")
+		if named {
+			a.names = nil
+		}
+		name := func(partition uuid.UUID) string {
+			if named {
+				return a.idText(&partition) // what it is called is the detail
+			}
+			return a.partitionName(ctx, partition)
+		}
+		detail := a.eventDetail(e.Data, name)
 		if e.Partition != nil && e.VM == nil && e.Grant == nil {
-			detail = "partition " + a.idText(e.Partition) + ": " + detail
+			detail = strings.TrimSuffix("partition "+name(*e.Partition)+": "+detail, ": ")
 		}
 		return plain(strings.TrimRight(fmt.Sprintf(eventLine, e.Seq, stamp(e.Time), e.Type, actorText(e.Actor),
 			a.idText(e.VM), a.idText(e.Grant), detail), " "))
 	})
+}
+
+// partitionName is what a partition is called now, or its digits.
+func (a *app) partitionName(ctx context.Context, partition uuid.UUID) string {
+	if a.full {
+		return partition.String()
+	}
+	if a.names == nil {
+		a.names = map[uuid.UUID]string{}
+		names, err := a.broker().ListNames(ctx)
+		if err == nil {
+			for _, n := range names {
+				a.names[n.Partition] = n.Name
+			}
+		}
+	}
+	return orElse(a.names[partition], a.idText(&partition))
 }
 
 func (a *app) idText(id *uuid.UUID) string {
@@ -214,7 +250,7 @@ func actorText(by api.Actor) string {
 
 // eventDetail is what people look for first in an event's data, whose shape
 // differs by type; all of it is in the JSON.
-func eventDetail(data json.RawMessage) string {
+func (a *app) eventDetail(data json.RawMessage, name func(partition uuid.UUID) string) string {
 	var d struct {
 		Capability json.RawMessage `json:"capability"`
 		Spelling   string          `json:"spelling"`
@@ -227,6 +263,9 @@ func eventDetail(data json.RawMessage) string {
 		Instance   string          `json:"instance"`
 		Wall       string          `json:"wall"`
 		Error      string          `json:"error"`
+		Version    string          `json:"version"`
+		PID        json.Number     `json:"pid"`
+		Epoch      json.Number     `json:"epoch"`
 		Decision   struct {
 			Outcome string `json:"outcome"`
 			Summary string `json:"summary"`
@@ -238,8 +277,20 @@ func eventDetail(data json.RawMessage) string {
 	if err := json.Unmarshal(data, &d); err != nil {
 		return string(data)
 	}
+	if !a.full && len(d.Revision) > shownRevision {
+		d.Revision = d.Revision[:shownRevision]
+	}
+	if d.Engine == hostEngine {
+		d.Engine = "the host"
+	} else {
+		d.Engine = "" // the event is of its partition
+	}
 	var parts []string
-	for _, p := range []string{orElse(d.Spelling, capabilityText(d.Capability)), d.Label, d.Name, d.Alias, d.Reason, orElse(d.Decision.Summary, d.Decision.Outcome), d.Engine, d.Error, d.Revision, named("run", d.Instance), d.Wall} {
+	for _, p := range []string{
+		orElse(d.Spelling, capabilityText(d.Capability, name)), d.Label, d.Name, d.Alias, d.Reason,
+		orElse(d.Decision.Summary, d.Decision.Outcome), d.Engine, d.Error, named("revision", d.Revision),
+		named("run", d.Instance), d.Wall, named("version", d.Version), named("pid", d.PID.String()), named("epoch", d.Epoch.String()),
+	} {
 		if p != "" && !slices.Contains(parts, p) {
 			parts = append(parts, p)
 		}
@@ -258,9 +309,9 @@ func named(what, value string) string {
 	return what + " " + value
 }
 
-// capabilityText spells a capability from its JSON; any kind's, as far as its
-// resource goes.
-func capabilityText(raw json.RawMessage) string {
+// capabilityText spells a capability from its JSON; one of a kind that is not
+// known here, as far as its resource goes.
+func capabilityText(raw json.RawMessage, name func(partition uuid.UUID) string) string {
 	var spelt string
 	if json.Unmarshal(raw, &spelt) == nil {
 		return spelt
@@ -268,6 +319,17 @@ func capabilityText(raw json.RawMessage) string {
 	var c api.Capability
 	if json.Unmarshal(raw, &c) != nil || c.Kind == "" {
 		return ""
+	}
+	var file struct {
+		Partition uuid.UUID `json:"partition"`
+		Path      string    `json:"path"`
+	}
+	if c.Kind == (capabilities.FS{}).Name() && json.Unmarshal(c.Resource, &file) == nil && file.Path != "" {
+		mode := "ro"
+		if slices.Contains(c.Rights, capabilities.RightWrite) {
+			mode = "rw"
+		}
+		return fmt.Sprintf("%s:%s:%s:%s", c.Kind, mode, name(file.Partition), file.Path)
 	}
 	return fmt.Sprintf("%s %s %s", c.Kind, strings.Join(c.Rights, "+"), c.Resource)
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
@@ -55,6 +56,7 @@ type app struct {
 	output string
 	full   bool // identifiers at full length
 	client *api.Client
+	names  map[uuid.UUID]string // of partitions; nil: not asked for yet
 }
 
 func (a *app) broker() *api.Client {
@@ -105,6 +107,7 @@ func (a *app) command() *cobra.Command {
   spectrum-cap grant work/mail fs:ro:work:/invoices --ttl 1h --as invoices
   spectrum-cap list --tree
   spectrum-cap revoke --vm work/mail`,
+		Version:           thisVersion().Version,
 		SilenceErrors:     true,
 		SilenceUsage:      true,
 		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
@@ -116,6 +119,7 @@ func (a *app) command() *cobra.Command {
 			return usage("-o %s: the formats are table, json and yaml", a.output)
 		},
 	}
+	root.SetVersionTemplate(thisVersion().String())
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
 	f := root.PersistentFlags()
 	f.StringVar(&a.socket, "socket", "", "the broker's `socket` (default $"+socketEnv+", else "+DefaultSocket+")")

@@ -207,9 +207,12 @@ func verdictLines(v api.Verdict) []string {
 	return lines
 }
 
+// hostEngine is the host's policy engine; the others are partitions.
+const hostEngine = "host"
+
 func engineName(a api.Answer) string {
 	switch {
-	case a.Engine == "host":
+	case a.Engine == hostEngine:
 		return "the host"
 	case a.Name != "":
 		return "partition " + a.Name

@@ -8,10 +8,12 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
 	"spectrum-os.org/broker/broker/api"
+	"spectrum-os.org/broker/capabilities"
 )
 
 // requestFlags are those that describe a request, for grant and explain.
@@ -22,7 +24,7 @@ type requestFlags struct {
 
 func (r *requestFlags) register(cmd *cobra.Command, a *app) {
 	f := cmd.Flags()
-	f.StringVar(&r.ttl, "ttl", "", "end it after this `duration`, such as 90s, 1h or 7d (default: with the VM's exit)")
+	f.StringVar(&r.ttl, "ttl", "", "end it after this `duration`, such as 90s, 1h or 7d (default: with the VM's exit; with --persist, when revoked)")
 	f.StringVar(&r.label, "as", "", "`label` under which the guest mounts it, at /run/spectrum/fs/LABEL")
 	f.StringVar(&r.parent, "parent", "", "derive it from this `grant`, and end it with that")
 	f.BoolVar(&r.persist, "persist", false, "keep it when the VM exits, and give it again at the next start")
@@ -145,7 +147,7 @@ func (a *app) granted(g api.Grant, quiet bool) error {
 		return err
 	}
 	if g.Narrowed {
-		a.note("policy allows less than was asked: this is %s, until %s", g.Spoken, a.until(g.Expires))
+		a.note("policy allows less than was asked: this is %s, and it ends %s", g.Spoken, a.ends(g))
 	}
 	if g.NoAgent {
 		a.note("%s is attached, but the guest has no agent to mount it", g.Spoken)
@@ -176,20 +178,20 @@ func (a *app) grantFacts(g api.Grant, all bool) facts {
 		f.add("Observed", words(g.Observed.State, g.Observed.Detail))
 	}
 	f.add("Mounted at", g.MountPath)
-	switch {
-	case g.Expires != nil:
-		f.add("Ends", stamp(*g.Expires)+" ("+a.until(g.Expires)+")")
-	case g.Persist:
-		f.add("Ends", "when revoked")
-	default:
-		f.add("Ends", "with the VM's exit")
+	ends := a.ends(g)
+	if g.Expires != nil {
+		ends = stamp(*g.Expires) + " (" + ends + ")"
 	}
+	f.add("Ends", ends)
 	if g.Parent != nil {
 		f.add("Derived from", fmt.Sprintf("%s (depth %d)", g.Parent, g.Depth))
 	}
 	f.add("Degraded", g.Degraded)
 	if !all {
 		return f
+	}
+	if g.Capability.Kind == (capabilities.FS{}).Name() && (g.State == api.GrantActive || g.State == api.GrantPending) {
+		f.add("By hand", "mount -t virtiofs "+mountTag(g.ID)+" DIR (in the guest)")
 	}
 	f.add("Created", stamp(g.Created))
 	for _, flag := range []struct {
@@ -208,6 +210,9 @@ func (a *app) grantFacts(g api.Grant, all bool) facts {
 	}
 	return f
 }
+
+// mountTag is the virtio-fs tag under which the guest finds a file grant.
+func mountTag(grant uuid.UUID) string { return strings.ReplaceAll(grant.String(), "-", "") }
 
 func holderText(g api.Grant) string {
 	if g.HolderName == "" {

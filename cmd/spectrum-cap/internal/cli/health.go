@@ -62,25 +62,34 @@ type version struct {
 	Platform string `json:"platform"`
 }
 
+func thisVersion() version {
+	v := version{Version: "unknown", Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}
+	if info, ok := debug.ReadBuildInfo(); ok {
+		v.Version = orElse(info.Main.Version, v.Version)
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				v.Revision = s.Value
+			}
+		}
+	}
+	return v
+}
+
+func (v version) String() string {
+	return fmt.Sprintf("spectrum-cap %s (%s, %s)\n", v.Version, v.Go, v.Platform)
+}
+
 func (a *app) versionCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:     "version",
-		Short:   "Print the version of this program",
+		Use:   "version",
+		Short: "Print the version of this program",
+		Long: `Print the version of this program, as "spectrum-cap --version" does; with
+-o json or yaml also the revision that it was built from.`,
 		Example: `  spectrum-cap version`,
 		Args:    args(0, 0, ""),
 		RunE: func(*cobra.Command, []string) error {
-			v := version{Version: "unknown", Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}
-			if info, ok := debug.ReadBuildInfo(); ok {
-				v.Version = orElse(info.Main.Version, v.Version)
-				for _, s := range info.Settings {
-					if s.Key == "vcs.revision" {
-						v.Revision = s.Value
-					}
-				}
-			}
-			return a.print(v, func(w io.Writer) {
-				_, _ = fmt.Fprintf(w, "spectrum-cap %s (%s, %s)\n", v.Version, v.Go, v.Platform)
-			})
+			v := thisVersion()
+			return a.print(v, func(w io.Writer) { _, _ = io.WriteString(w, v.String()) })
 		},
 	}
 }

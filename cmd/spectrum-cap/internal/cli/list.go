@@ -63,7 +63,7 @@ func (a *app) grantTable(w io.Writer, grants []api.Grant, tree bool) {
 		}
 		ends := "-"
 		if g.State == api.GrantActive || g.State == api.GrantPending {
-			ends = a.until(g.Expires)
+			ends = a.ends(g)
 		}
 		t.add(prefix+short(g.ID), orElse(g.HolderName, g.Holder.String()), orElse(g.Spoken, g.Spelling), g.Label, state, ends)
 	}

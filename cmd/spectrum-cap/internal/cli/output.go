@@ -12,6 +12,8 @@ import (
 
 	"github.com/google/uuid"
 	"sigs.k8s.io/yaml"
+
+	"spectrum-os.org/broker/broker/api"
 )
 
 // plain is text from elsewhere as it may stand on a terminal: what is not a
@@ -240,11 +242,19 @@ func (a *app) short(ids []uuid.UUID) func(uuid.UUID) string {
 	}
 }
 
-// until tells when something ends, and how long that is.
-func (a *app) until(t *time.Time) string {
-	if t == nil {
-		return "the VM's exit"
+// ends tells in how long, or with what, a grant ends.
+func (a *app) ends(g api.Grant) string {
+	switch {
+	case g.Expires != nil:
+		return a.until(*g.Expires)
+	case g.Persist:
+		return "when revoked"
 	}
+	return "with the VM's exit"
+}
+
+// until tells how long it is until then.
+func (a *app) until(t time.Time) string {
 	left := t.Sub(a.now()).Round(time.Second)
 	if left <= 0 {
 		return "passed"

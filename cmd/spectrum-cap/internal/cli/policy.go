@@ -217,9 +217,13 @@ func (a *app) policyReloadCommand() *cobra.Command {
 		Use:   "reload",
 		Short: "Have the broker read all policies again",
 		Long: `Have the broker read all policies again. One that does not load leaves the last
-good one of its partition in force, and the command fails.`,
-		Example: `  spectrum-cap policy reload`,
-		Args:    args(0, 0, ""),
+good one of its partition in force, and the command fails.
+
+What is granted already stays granted, even if the new policy would refuse it:
+"spectrum-cap list" shows it, and "spectrum-cap revoke" ends it.`,
+		Example: `  spectrum-cap policy reload
+  spectrum-cap policy reload && spectrum-cap revoke --resource fs:ro:work:/`,
+		Args: args(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			end := a.progress("loading policies")
 			st, err := a.broker().ReloadPolicy(cmd.Context())
@@ -257,6 +261,9 @@ func (a *app) policyStatusCommand() *cobra.Command {
 	}
 }
 
+// shownRevision is how much of a revision tables show.
+const shownRevision = 12
+
 func (a *app) printPolicy(st api.PolicyStatus) error {
 	return a.print(st, func(w io.Writer) {
 		t := table{head: []string{"POLICY OF", "STATE", "REVISION", "FILES", "LOADED", "DECISIONS", "FAILURES"}, paint: a.stateColumn(1)}
@@ -268,8 +275,8 @@ func (a *app) printPolicy(st api.PolicyStatus) error {
 			if e.LoadedAt != nil {
 				loaded = stamp(*e.LoadedAt)
 			}
-			if !a.full && len(revision) > 12 {
-				revision = revision[:12]
+			if !a.full && len(revision) > shownRevision {
+				revision = revision[:shownRevision]
 			}
 			t.add(orElse(e.Name, e.Engine), e.State, revision, files, loaded,
 				strconv.FormatUint(e.Decisions, 10), strconv.FormatUint(e.Failures, 10))
