@@ -2,6 +2,7 @@ package ledger
 
 import (
 	"slices"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -191,6 +192,9 @@ func (s *State) Epoch() uint64 { return s.l.meta.epoch }
 
 // LedgerID tells this ledger from any other.
 func (s *State) LedgerID() uuid.UUID { return s.l.meta.ledger }
+
+// HighWater is the latest wall time that was ever recorded.
+func (s *State) HighWater() time.Time { return nanoTime(s.l.meta.highwater) }
 
 // decode is the capability. One whose kind this program does not know keeps
 // its kind and has no resource: nothing covers it and nobody applies it.
