@@ -86,14 +86,6 @@ func (p RelPath) Rel() string {
 	return strings.TrimPrefix(p.s, "/")
 }
 
-// Components are the names on the way, none for "/".
-func (p RelPath) Components() []string {
-	if p.s == "" || p.s == "/" {
-		return nil
-	}
-	return strings.Split(p.s[1:], "/")
-}
-
 // Contains tells whether q is p or beneath it, component by component: "/a"
 // contains "/a/b" and not "/ab".
 func (p RelPath) Contains(q RelPath) bool {
