@@ -171,6 +171,9 @@ func (f *folder) moved(l *layer, e *entry) error {
 	if m.Desired {
 		n.generation++
 	}
+	if m.To.Final() {
+		setKey(&l.ended, n.about.holder, struct{}{})
+	}
 	if d == (Change{}) {
 		return nil
 	}

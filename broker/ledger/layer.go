@@ -217,6 +217,7 @@ type layer struct {
 	changed map[int32]*node // copies of nodes of the layers below
 	ids     map[uuid.UUID]int32
 	held    map[uuid.UUID]int32 // a holder's newest grant that is not final
+	ended   map[uuid.UUID]struct{} // holders of what became final and is in their list
 	vms     map[uuid.UUID]vmInfo
 	aliases map[aliasKey]uuid.UUID
 	names   map[uuid.UUID]string // "" where a layer takes a name away
@@ -390,9 +391,16 @@ func (l *layer) open(holder uuid.UUID) []int32 {
 	return out
 }
 
-// unlink takes what is final out of a holder's list. Only the bottom layer has
-// whole lists: those above it may be forgotten.
-func (l *layer) unlink(holder uuid.UUID) {
+// unlink takes what became final out of its holder's list. Only the bottom layer
+// does: those above it may be forgotten.
+func (l *layer) unlink() {
+	for holder := range l.ended {
+		l.unlinkFrom(holder)
+	}
+	clear(l.ended)
+}
+
+func (l *layer) unlinkFrom(holder uuid.UUID) {
 	next := func(i int32) int32 {
 		for i != none && l.get(i).stateName().Final() {
 			i = l.get(i).nextHeld
@@ -436,20 +444,14 @@ func (l *layer) place(i int32, n node) {
 // merge makes the layer's changes those of the layer below.
 func (l *layer) merge() {
 	to := l.below
-	var ended []uuid.UUID // holders of what became final
-	end := func(n *node) {
-		if n.stateName().Final() && !slices.Contains(ended, n.about.holder) {
-			ended = append(ended, n.about.holder)
-		}
-	}
 	for i, n := range l.changed {
 		*to.mut(i) = *n
-		end(n)
 	}
 	for i := range l.table.n {
-		n := l.table.at(i)
-		to.place(l.base+i, *n)
-		end(n)
+		to.place(l.base+i, *l.table.at(i))
+	}
+	for holder := range l.ended {
+		setKey(&to.ended, holder, struct{}{})
 	}
 	for k, v := range l.vms {
 		setKey(&to.vms, k, v)
@@ -466,9 +468,7 @@ func (l *layer) merge() {
 	}
 	to.meta = l.meta
 	if to.below == nil {
-		for _, holder := range ended {
-			to.unlink(holder)
-		}
+		to.unlink()
 	}
 	if to.due != nil {
 		to.due.prune(to)

@@ -142,9 +142,7 @@ func load(ctx context.Context, s *store, f *folder, l *layer, anchors ...Anchor)
 	if err != nil {
 		return events, err
 	}
-	for holder := range maps.Clone(l.held) {
-		l.unlink(holder)
-	}
+	l.unlink()
 	if l.meta.seq == 0 {
 		return events, &ChainError{Seq: 1, Problem: BrokenGap, Detail: "a ledger is made with its first event, and that is missing"}
 	}
