@@ -149,7 +149,8 @@ func TestCallerLeavesASlowAgent(t *testing.T) {
 	})
 }
 
-// An agent that comes back is told what it was told before.
+// An agent that comes back is told what it was told before, and nothing of what is
+// not attached.
 func TestAgentBack(t *testing.T) {
 	w := newWorld(t)
 	w.fake()
@@ -169,8 +170,12 @@ func TestAgentBack(t *testing.T) {
 		}
 		w.noneHeld()
 	}
+	never := w.object("never", 1, w.capability("/docs", "read"))
+	if err := New(w, mountTime).AgentBack(t.Context(), never); err == nil || !strings.Contains(err.Error(), "is not attached") {
+		t.Errorf("what was never shared: %v", err)
+	}
 	w.noAgent = wire.ErrUnreachable
-	err := New(w, mountTime).AgentBack(t.Context(), w.object("docs", 1, w.capability("/docs", "read")))
+	err := New(w, mountTime).AgentBack(t.Context(), w.object("/docs", 1, w.capability("/docs", "read")))
 	if err == nil || err.Error() != NoAgent {
 		t.Errorf("error %v, want %q", err, NoAgent)
 	}

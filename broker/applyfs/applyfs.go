@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -203,24 +204,30 @@ func (a *Applier) share(ctx context.Context, s Shim, o reconcile.Object) (file s
 		case shim.CodeNotRunning, shim.CodeWrongInstance:
 			err = fmt.Errorf("%w: %w", reconcile.ErrNotNow, err)
 		}
+	} else if errors.Is(err, shim.ErrNoShim) {
+		err = fmt.Errorf("%w: %w", reconcile.ErrNotNow, err)
 	}
 	return file, err
 }
 
 func readOnly(c capabilities.Capability) bool { return !c.Rights.Has("write") }
 
-// AgentBack mounts a share again whose agent was away.
+// AgentBack mounts a share again whose agent was away. What is shared is the
+// shim's to say: the name on the host may be another's by now, or nobody's.
 func (a *Applier) AgentBack(ctx context.Context, o reconcile.Object) error {
-	opened, _, err := a.open(o.Capability)
+	s, ok := a.host.Shim(o.VM)
+	if !ok {
+		return fmt.Errorf("VM %s: %w", o.VM, reconcile.ErrNotNow)
+	}
+	state, err := s.State(ctx)
 	if err != nil {
 		return err
 	}
-	defer opened.Close()
-	file := ""
-	if !opened.IsDir() {
-		file = opened.Name()
+	i := slices.IndexFunc(state.Objects, func(seen shim.ObjectState) bool { return seen.ID == o.ID && seen.Phase == shim.Attached })
+	if i < 0 {
+		return fmt.Errorf("%s is not attached", o.ID)
 	}
-	note, err := a.mount(ctx, o, file)
+	note, err := a.mount(ctx, o, state.Objects[i].SingleFile)
 	if err == nil && note != "" {
 		err = errors.New(note)
 	}

@@ -216,7 +216,7 @@ type layer struct {
 
 	changed map[int32]*node // copies of nodes of the layers below
 	ids     map[uuid.UUID]int32
-	held    map[uuid.UUID]int32 // a holder's newest grant that is not final
+	held    map[uuid.UUID]int32    // a holder's newest grant that is not final
 	ended   map[uuid.UUID]struct{} // holders of what became final and is in their list
 	vms     map[uuid.UUID]vmInfo
 	aliases map[aliasKey]uuid.UUID

@@ -93,8 +93,9 @@ type Reconciler struct {
 	mu       sync.Mutex
 	vms      map[uuid.UUID]*lanes
 	failures map[uuid.UUID]error
-	missed   map[string]bool // objects that are there and that no agent took up
-	caughtUp map[string]bool // objects that an agent took up later than their grants say
+	missed   map[string]bool   // objects that are there and that no agent took up
+	caughtUp map[string]bool   // objects that an agent took up later than their grants say
+	seen     map[string]string // the run in which an object was last there
 	applying map[string]application
 	// By object id: withdrawals under way, the pause after the next failure of
 	// one, and the generations that were withdrawn of objects whose grants are
@@ -130,7 +131,7 @@ func New(o Options) *Reconciler {
 	}
 	r := &Reconciler{
 		o: o, kinds: map[string]Kind{}, appliers: map[string]Applier{},
-		vms: map[uuid.UUID]*lanes{}, failures: map[uuid.UUID]error{}, missed: map[string]bool{}, caughtUp: map[string]bool{}, applying: map[string]application{},
+		vms: map[uuid.UUID]*lanes{}, failures: map[uuid.UUID]error{}, missed: map[string]bool{}, caughtUp: map[string]bool{}, seen: map[string]string{}, applying: map[string]application{},
 		withdrawing: map[string]*withdrawal{}, pauses: map[string]time.Duration{}, cut: map[string]cutObject{},
 		barred: map[uuid.UUID]bool{},
 	}
@@ -282,6 +283,7 @@ func (r *Reconciler) overtake(o Object) {
 	defer r.mu.Unlock()
 	delete(r.missed, o.ID)
 	delete(r.caughtUp, o.ID)
+	delete(r.seen, o.ID)
 	if a, ok := r.applying[o.ID]; ok && a.generation <= o.Generation {
 		a.cancel()
 	}
@@ -360,10 +362,10 @@ func (r *Reconciler) look(ctx context.Context, vm uuid.UUID) (view, error) {
 	// without a grant by the second look has none: an object's grant is on
 	// record before it. What was confirmed by the first and is not observed is
 	// gone: a grant becomes active after its object.
-	confirmed := map[uuid.UUID]bool{}
+	confirmed := map[string]string{} // the runs that the objects of active grants were seen in
 	r.o.Ledger.View(func(s *ledger.State) {
 		for _, g := range s.Grants(ledger.Filter{Holder: vm, States: []ledger.GrantState{ledger.Active}}) {
-			confirmed[g.ID] = true
+			r.seenIn(g, confirmed)
 		}
 	})
 	for _, a := range r.o.Appliers {
@@ -373,6 +375,7 @@ func (r *Reconciler) look(ctx context.Context, vm uuid.UUID) (view, error) {
 		}
 		v.observed = append(v.observed, seen...)
 	}
+	r.saw(v.observed)
 	now := r.o.Clock.Now()
 	// Before the second look: what is revoked before its VM runs is not planned for
 	// the run.
@@ -392,17 +395,46 @@ func (r *Reconciler) look(ctx context.Context, vm uuid.UUID) (view, error) {
 	return v, nil
 }
 
+// seenIn tells the runs in which the objects of an active grant were last seen:
+// that in which it became active, or, of a grant that persists, a later one.
+func (r *Reconciler) seenIn(g ledger.Grant, runs map[string]string) {
+	kind := r.kinds[g.Capability.Kind]
+	if kind == nil {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, o := range kind.Objects(g) {
+		run, ok := r.seen[o.ID]
+		if !ok {
+			run = g.Instance
+		}
+		runs[o.ID] = run
+	}
+}
+
+// saw notes in which run objects are there.
+func (r *Reconciler) saw(observed []Observed) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, o := range observed {
+		if o.Presence == Present {
+			r.seen[o.ID] = o.Instance
+		}
+	}
+}
+
 // missing reports as gone what an active grant was confirmed to have in this
 // run of its VM and nobody sees any more.
-func (r *Reconciler) missing(v view, confirmed map[uuid.UUID]bool, instance string) []Observed {
+func (r *Reconciler) missing(v view, confirmed map[string]string, instance string) []Observed {
 	var out []Observed
 	for _, g := range v.grants {
 		kind := r.kinds[g.Capability.Kind]
-		if kind == nil || g.State != ledger.Active || !confirmed[g.ID] || instance == "" || g.Instance != instance {
+		if kind == nil || g.State != ledger.Active || instance == "" {
 			continue
 		}
 		for _, o := range kind.Objects(g) {
-			if !slices.ContainsFunc(v.observed, func(seen Observed) bool { return seen.ID == o.ID }) {
+			if confirmed[o.ID] == instance && !slices.ContainsFunc(v.observed, func(seen Observed) bool { return seen.ID == o.ID }) {
 				out = append(out, Observed{
 					ID: o.ID, Kind: o.Kind, VM: o.VM, Instance: instance, Generation: o.Generation,
 					Presence: Gone, Detail: "what served it has ended",

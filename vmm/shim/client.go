@@ -238,14 +238,21 @@ func (c *Client) objectCall(ctx context.Context, r *request, files ...*os.File) 
 	return *rep.Object, nil
 }
 
+// exitSeen is how long after a shim's connection broke its end may still be
+// unseen: a process that dies closes its sockets first.
+const exitSeen = time.Second
+
 func (c *Client) call(ctx context.Context, r *request, files ...*os.File) (*reply, error) {
 	rep, err := c.exchange(ctx, r, files...)
 	if err == nil && rep.Error != nil {
 		return nil, rep.Error
 	}
 	if err != nil {
-		if ctx.Err() != nil {
+		switch {
+		case ctx.Err() != nil:
 			err = ctx.Err()
+		case await(c.exited, exitSeen):
+			err = fmt.Errorf("%w: %w", ErrNoShim, err)
 		}
 		return nil, fmt.Errorf("cannot %s at the shim: %w", r.Op, err)
 	}

@@ -208,6 +208,13 @@ func (s *server) cut(o *object, add *call) {
 		s.gone(o, o.reason(), slotRetired)
 	case crashed:
 		s.crashed(o)
+	case !o.ending():
+		// Nobody asked for its end: the VMM's answer was lost.
+		if s.ended(o.instance) {
+			s.gone(o, refuse(CodeNotRunning, "the VM has ended"), slotRetired)
+			return
+		}
+		s.gone(o, refuse(CodeVMM, "%v", add.err), s.deviceLeft(o))
 	default:
 		s.progress(o.instance, ordered)
 		s.gone(o, o.reason(), s.deviceLeft(o))
@@ -280,9 +287,7 @@ func (s *server) crashed(o *object) {
 		s.gone(o, refuse(CodeRemoved, "the guest ejected %s", o.id), slotFree)
 		return
 	}
-	// A VMM that ends lets go of its sockets before anybody sees its end.
-	if o.instance.vmm.hasExited() || await(o.instance.over, s.spec.stretch(infoTimeout)) {
-		<-o.instance.over
+	if s.ended(o.instance) {
 		s.gone(o, refuse(CodeNotRunning, "the VM has ended"), slotRetired)
 		return
 	}
@@ -290,6 +295,16 @@ func (s *server) crashed(o *object) {
 	s.degrade("virtiofsd of %s (tag %s) ended by itself (%s): its slot on segment %d is retired",
 		o.id, o.spec.Tag, describeStatus(o.child.status), o.segment)
 	s.gone(o, refuse(CodeLaunch, "virtiofsd of %s ended by itself: %s", o.id, lastLine(o.log())), slotRetired)
+}
+
+// ended tells whether a run is over, or just about to be: a VMM that ends lets go
+// of its sockets before anybody sees its end.
+func (s *server) ended(i *instance) bool {
+	if i.vmm.hasExited() || await(i.over, s.spec.stretch(infoTimeout)) {
+		<-i.over
+		return true
+	}
+	return false
 }
 
 type outcome int

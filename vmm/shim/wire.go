@@ -71,9 +71,11 @@ type ObjectState struct {
 	Deadline   capabilities.Deadline `json:"deadline,omitzero"`
 	// Killed tells that the guest did not let go in time and what served the
 	// object was killed under it.
-	Killed bool      `json:"killed,omitempty"`
-	Error  string    `json:"error,omitempty"`
-	Since  time.Time `json:"since,omitzero"`
+	Killed bool `json:"killed,omitempty"`
+	// SingleFile is the name of the shared file, where the share is one.
+	SingleFile string    `json:"single_file,omitempty"`
+	Error      string    `json:"error,omitempty"`
+	Since      time.Time `json:"since,omitzero"`
 }
 
 // State is what the shim sees of its VM. Seq grows with every change.
