@@ -20,6 +20,7 @@ import (
 
 	"spectrum-os.org/broker/broker/reconcile/conformance"
 	"spectrum-os.org/broker/vmm/shim"
+	"spectrum-os.org/broker/vmm/vmmtest"
 )
 
 // virtiofsd is the real one, as vmm/shim's own tests find it.
@@ -130,7 +131,7 @@ func (v *realVM) say(word string) {
 	}
 	defer dir.Close()
 	// The address of a socket holds 107 bytes only.
-	conn, err := net.Dial("unix", fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), fakeVMMSock))
+	conn, err := net.Dial("unix", fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), vmmtest.Socket))
 	if err != nil {
 		v.t.Fatal(err)
 	}

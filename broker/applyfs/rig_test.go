@@ -17,6 +17,7 @@ import (
 	"spectrum-os.org/broker/capabilities"
 	"spectrum-os.org/broker/sources"
 	"spectrum-os.org/broker/vmm/shim"
+	"spectrum-os.org/broker/vmm/vmmtest"
 )
 
 // TestMain lets the test binary be a shim, its launchers, and their VMM.
@@ -26,7 +27,7 @@ func TestMain(m *testing.M) {
 		case "serve", "launch":
 			os.Exit(shim.Main())
 		case "--api-socket":
-			os.Exit(fakeVMMMain(os.Args[1:]))
+			os.Exit(vmmtest.Main(os.Args[1:]))
 		}
 	}
 	os.Exit(m.Run())

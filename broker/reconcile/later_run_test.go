@@ -91,17 +91,23 @@ func TestLostInALaterRun(t *testing.T) {
 	g.await(id, ledger.Active)
 	p.begin("run-2")
 	g.r.Wake(g.vm)
-	for end := time.Now().Add(5 * time.Second); g.p.count() == 0; time.Sleep(2 * time.Millisecond) {
+	seen := func() bool {
+		g.r.mu.Lock()
+		defer g.r.mu.Unlock()
+		return g.r.seen["o-"+id.String()] == "run-2"
+	}
+	for end := time.Now().Add(10 * time.Second); !seen(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatal("the next run does not get it")
+			t.Fatal("nobody sees that the next run has it")
 		}
 	}
-	time.Sleep(50 * time.Millisecond)
 	g.p.mu.Lock()
 	clear(g.p.objects)
 	g.p.mu.Unlock()
 	g.r.Wake(g.vm)
-	time.Sleep(200 * time.Millisecond)
+	if got := g.await(id, ledger.Revoked); !strings.Contains(got.Reason, "its object in the VM is gone") {
+		t.Errorf("it ended because %q", got.Reason)
+	}
 	if n := g.p.count(); n != 0 {
 		t.Errorf("the guest got back what it lost")
 	}

@@ -1,4 +1,4 @@
-// Standin is a program that takes Cloud Hypervisor's command line, speaks its
+// Command standin takes Cloud Hypervisor's command line, speaks its
 // API and drives QEMU's software emulation, so that real Linux guests see real
 // devices come and go on machines without hardware virtualisation. virtiofsd
 // and the vhost-user vsock are the real ones. Nothing outside of test/ knows

@@ -20,6 +20,7 @@ import (
 
 	"spectrum-os.org/broker/capabilities"
 	"spectrum-os.org/broker/clock"
+	"spectrum-os.org/broker/vmm/vmmtest"
 )
 
 // The test binary is the shim, its launchers, the fakes and the helper under
@@ -30,7 +31,7 @@ func TestMain(m *testing.M) {
 		case launchArg, "serve":
 			os.Exit(Main())
 		case "--api-socket":
-			os.Exit(fakeVMMMain(os.Args[1:]))
+			os.Exit(vmmtest.Main(os.Args[1:]))
 		case filterArg:
 			os.Exit(filterHelper(os.Args[2]))
 		case mountsArg:
@@ -184,7 +185,7 @@ func (v *vm) say(word string) {
 		v.t.Fatal(err)
 	}
 	defer dir.Close()
-	conn, err := net.Dial("unix", shortPath(dir, fakeSock))
+	conn, err := net.Dial("unix", shortPath(dir, vmmtest.Socket))
 	if err != nil {
 		v.t.Fatal(err)
 	}

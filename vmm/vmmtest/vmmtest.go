@@ -1,4 +1,7 @@
-package shim
+// Package vmmtest is a VMM for tests of what drives one: it answers Cloud
+// Hypervisor's calls with their real semantics, as far as shares go, and has no
+// guest. test/standin is the one that has.
+package vmmtest
 
 import (
 	"bufio"
@@ -16,28 +19,33 @@ import (
 	"spectrum-os.org/broker/vmm"
 )
 
-// fakeVMM answers Cloud Hypervisor's calls with their real semantics: an added
-// fs is connected to and spoken to, a removed one is ejected later by the
-// "guest", which closes the connection. The guest's manners are words in the
-// VM's command line:
+// fakeVMM connects to an added fs and speaks to it; a removed one is ejected
+// later by the "guest", which closes the connection. One request is served at a
+// time. The guest's manners are words in the VM's command line:
 //
 //	hold      never ejects
 //	keep-a    never ejects the device of object a
 //	slow-add  answers vm.add-fs after a second
 //	no-boot   fails vm.boot
 //
-// and the test drives it through words on fake.sock: reboot, shutdown, crash.
+// and the test drives it with a line on [Socket]: reboot, shutdown, crash, which
+// ends the VMM at once, crash-in-add, which does in the next vm.add-fs, and "eject
+// ID", which lets go of a device that nobody took away. "done" is the answer.
 type fakeVMM struct {
 	events *os.File
 	mu     sync.Mutex
 	config vmm.VMConfig
 	fs     map[string]net.Conn
+	doomed bool       // it crashes in the next vm.add-fs
 	turn   sync.Mutex // one request at a time
 }
 
-const fakeSock = "fake.sock"
+// Socket is where the test's words are taken, in the VMM's working directory.
+const Socket = "fake.sock"
 
-func fakeVMMMain(args []string) int {
+// Main is the VMM: a test binary runs it where it is called as one, and exits
+// with what it returns.
+func Main(args []string) int {
 	f := &fakeVMM{fs: map[string]net.Conn{}}
 	var socket string
 	for i := 0; i+1 < len(args); i += 2 {
@@ -52,8 +60,8 @@ func fakeVMMMain(args []string) int {
 			f.events = os.NewFile(uintptr(fd), "events")
 		}
 	}
-	_ = os.Remove(fakeSock)
-	control, err := net.Listen("unix", fakeSock)
+	_ = os.Remove(Socket)
+	control, err := net.Listen("unix", Socket)
 	if err != nil {
 		return 3
 	}
@@ -72,8 +80,9 @@ func (f *fakeVMM) control(l net.Listener) {
 		if err != nil {
 			return
 		}
-		word, _ := bufio.NewReader(conn).ReadString('\n')
-		switch strings.TrimSpace(word) {
+		line, _ := bufio.NewReader(conn).ReadString('\n')
+		word, id, _ := strings.Cut(strings.TrimSpace(line), " ")
+		switch word {
 		case "reboot":
 			f.event("rebooting")
 		case "shutdown":
@@ -81,7 +90,14 @@ func (f *fakeVMM) control(l net.Listener) {
 		case "crash":
 			fmt.Fprintln(os.Stderr, "something broke")
 			os.Exit(7)
+		case "crash-in-add":
+			f.mu.Lock()
+			f.doomed = true
+			f.mu.Unlock()
+		case "eject":
+			f.eject(id)
 		}
+		_, _ = io.WriteString(conn, "done\n")
 		_ = conn.Close()
 	}
 }
@@ -193,6 +209,9 @@ func (f *fakeVMM) addFS(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	f.mu.Lock()
+	if f.doomed {
+		os.Exit(7)
+	}
 	f.fs[c.ID] = conn
 	f.mu.Unlock()
 	_ = json.NewEncoder(w).Encode(map[string]string{"id": c.ID, "bdf": "0000:00:05.0"})
@@ -229,30 +248,14 @@ func (f *fakeVMM) removeDevice(w http.ResponseWriter, r *http.Request) {
 	if f.guest("hold") || f.guest("keep-a") && c.ID == "fs-a" {
 		return
 	}
-	time.AfterFunc(30*time.Millisecond, func() {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		delete(f.fs, c.ID)
-		_ = conn.Close()
-	})
+	time.AfterFunc(30*time.Millisecond, func() { f.eject(c.ID) })
 }
 
-// fakeVirtiofsdMain answers one round trip and serves until the VMM hangs up.
-func fakeVirtiofsdMain() int {
-	l, err := net.FileListener(os.NewFile(controlFD, "listener"))
-	if err != nil {
-		return 5
+func (f *fakeVMM) eject(id string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if conn := f.fs[id]; conn != nil {
+		_ = conn.Close()
 	}
-	conn, err := l.Accept()
-	if err != nil {
-		return 5
-	}
-	if _, err := io.ReadFull(conn, make([]byte, 12)); err != nil {
-		return 6
-	}
-	if _, err := conn.Write(make([]byte, 12+8)); err != nil {
-		return 6
-	}
-	_, _ = io.Copy(io.Discard, conn)
-	return 0
+	delete(f.fs, id)
 }
