@@ -49,6 +49,7 @@ type Broker struct {
 	ctx context.Context //nolint:containedctx // see above
 	wg  sync.WaitGroup
 
+	loading      sync.Mutex // held while policies are loaded
 	mu           sync.Mutex
 	running      map[uuid.UUID]*unit // nil: being started
 	policyErrors map[policy.EngineID]string

@@ -51,6 +51,9 @@ func (b *Broker) requestDeclared(u *unit) {
 }
 
 func (b *Broker) requestOne(ctx context.Context, def sources.Definition, run string, declared sources.DeclaredGrant) error {
+	if !def.BuiltIn() {
+		b.awaitFirstLoads(ctx, policy.PartitionEngine(def.Partition))
+	}
 	ctx, cancel := context.WithTimeout(ctx, b.o.stretched(30*time.Second))
 	defer cancel()
 	c, err := b.kinds.Parse(declared.Capability, selfResolver{def.Partition})

@@ -264,6 +264,8 @@ func (b *Broker) resolveGrant(ref string) (ledger.Grant, error) {
 // does not load leaves the last good one in force, or, where there is none,
 // denies everything; both are on record.
 func (b *Broker) loadPolicies(ctx context.Context, actor ledger.Actor) error {
+	b.loading.Lock()
+	defer b.loading.Unlock()
 	inv := b.inv()
 	var mu sync.Mutex
 	var errs []error
@@ -271,6 +273,8 @@ func (b *Broker) loadPolicies(ctx context.Context, actor ledger.Actor) error {
 	var loads errgroup.Group
 	loads.SetLimit(16)
 	load := func(id policy.EngineID, partition uuid.UUID, read func() (map[string][]byte, []byte, string, error), dir string) {
+		// Last: no decision is on record before the policy that it rests on.
+		defer b.firstLoaded(id)
 		files, data, dataName, err := read()
 		revision := ""
 		if err == nil {
@@ -287,7 +291,6 @@ func (b *Broker) loadPolicies(ctx context.Context, actor ledger.Actor) error {
 			names = append(names, dataName)
 		}
 		b.setPolicy(id, names, err)
-		b.firstLoaded(id)
 		if _, err := b.ledger.Update(ctx, func(tx *ledger.Tx) error { return tx.Append(e) }); err != nil {
 			mu.Lock()
 			defer mu.Unlock()
@@ -335,9 +338,14 @@ func (b *Broker) firstPolicies(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-time.After(b.o.stretched(patience)):
-		b.log.Warn("serving while policies are still being loaded; what is asked of them waits")
-		return nil
 	}
+	b.log.Warn("serving while policies are still being loaded; what is asked of them waits")
+	b.wg.Go(func() {
+		if err := <-loaded; err != nil && ctx.Err() == nil {
+			b.log.Error("the policies were not all read", "err", err)
+		}
+	})
+	return nil
 }
 
 func (b *Broker) firstLoaded(id policy.EngineID) {
@@ -350,8 +358,11 @@ func (b *Broker) firstLoaded(id policy.EngineID) {
 }
 
 // awaitFirstLoads returns when none of the engines is being loaded for the first
-// time, or ctx ends. An engine that has nothing loaded by then denies.
-func (b *Broker) awaitFirstLoads(ctx context.Context, ids []policy.EngineID) {
+// time, or ctx ends, or after a bound, since a partition's file system may never
+// answer. An engine that has nothing loaded by then denies.
+func (b *Broker) awaitFirstLoads(ctx context.Context, ids ...policy.EngineID) {
+	ctx, cancel := context.WithTimeout(ctx, b.o.stretched(30*time.Second))
+	defer cancel()
 	for _, id := range append([]policy.EngineID{policy.HostEngine}, ids...) {
 		b.mu.Lock()
 		c, ok := b.firstLoads[id]
@@ -362,6 +373,8 @@ func (b *Broker) awaitFirstLoads(ctx context.Context, ids []policy.EngineID) {
 		select {
 		case <-c:
 		case <-ctx.Done():
+			return
+		case <-b.ctx.Done():
 			return
 		}
 	}

@@ -29,7 +29,8 @@ type quota struct {
 }
 
 // take is one more record for a VM. Where it has none left, ok is false; first
-// tells the refusal that is the first one since it had.
+// tells the refusal that is the first one since it had many left: a guest that
+// goes on asking is not noted at each one that it gets.
 func (q *quotas) take(vm uuid.UUID) (ok, first bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -43,7 +44,7 @@ func (q *quotas) take(vm uuid.UUID) (ok, first bool) {
 	}
 	ok = one.limiter.Allow()
 	first = !ok && !one.spent
-	one.spent = !ok
+	one.spent = !ok || one.spent && one.limiter.Tokens() < float64(q.burst)/2
 	return ok, first
 }
 

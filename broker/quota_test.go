@@ -37,6 +37,32 @@ func TestQuotaIsPerVMAndComesBack(t *testing.T) {
 	})
 }
 
+// A guest that goes on asking is noted once, not at each record that it gets.
+func TestSteadySpamIsNotedOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		q := quotas{perMinute: 60, burst: 10}
+		noted := 0
+		for range 600 { // ten a second, for a minute
+			if _, first := q.take(mail1); first {
+				noted++
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		if noted != 1 {
+			t.Errorf("noted %d times, want once", noted)
+		}
+		time.Sleep(time.Minute)
+		for range 11 {
+			if _, first := q.take(mail1); first {
+				noted++
+			}
+		}
+		if noted != 2 {
+			t.Errorf("after a rest it is noted %d times in all, want twice", noted)
+		}
+	})
+}
+
 // A guest that asks without end is refused, and what it leaves in the ledger is
 // bounded.
 func TestGuestThatAsksWithoutEnd(t *testing.T) {

@@ -150,7 +150,7 @@ func (b *Broker) ask(ctx context.Context, r request, explain bool) policy.Verdic
 		p := policyCapability(r.parent.Capability, nil)
 		in.Parent = &p
 	}
-	b.awaitFirstLoads(ctx, ids)
+	b.awaitFirstLoads(ctx, ids...)
 	v := b.engines.Decide(ctx, ids, func(policy.EngineID) policy.Input { return in }, explain)
 	for i := range v.Answers {
 		// Names may have changed since the engine was loaded.

@@ -23,6 +23,18 @@ type fakeKernel struct {
 	mounts  map[string]wire.Mount
 	hang    chan struct{} // Gone blocks on it
 	fail    error         // Unmount fails with it
+	// then is run once, after the next Mount or Gone and before it returns.
+	then func()
+}
+
+func (k *fakeKernel) after() {
+	k.mu.Lock()
+	then := k.then
+	k.then = nil
+	k.mu.Unlock()
+	if then != nil {
+		then()
+	}
 }
 
 func newFakeKernel(tags ...string) *fakeKernel {
@@ -40,6 +52,7 @@ func (k *fakeKernel) plug(tag string, there bool) {
 }
 
 func (k *fakeKernel) Mount(tag, target string, readOnly bool) error {
+	defer k.after()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if !k.devices[tag] {
@@ -66,6 +79,7 @@ func (k *fakeKernel) Gone(target string) bool {
 	if k.hang != nil {
 		<-k.hang
 	}
+	defer k.after()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	m, ok := k.mounts[target]
@@ -169,7 +183,7 @@ func TestMountWaitsForTheDevice(t *testing.T) {
 		return code(client.Unmount(ctx, "x")) == wire.CodeBusy
 	})
 	k.plug("g-1", true)
-	m.DevicesChanged()
+	m.DevicesChanged(true)
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
@@ -192,11 +206,79 @@ func TestDirectoryGoesWithItsDevice(t *testing.T) {
 		}
 	}
 	k.plug("g-1", false)
-	m.DevicesChanged()
+	m.DevicesChanged(true)
 	eventually(t, "the dead mount goes", func() bool {
 		left, _ := k.Mounted()
 		return len(left) == 1 && left[0].Label == "y" && len(m.List()) == 1
 	})
+}
+
+// An event that comes while a mount is made, or is found to be alive, is not
+// passed over: there may be no other.
+func TestDeviceGoesMeanwhile(t *testing.T) {
+	for _, meanwhile := range []string{"mounted", "checked"} {
+		t.Run(meanwhile, func(t *testing.T) {
+			k := newFakeKernel("g-1")
+			m, client := agent(t, k)
+			ctx := deadline(t)
+			goes := func() {
+				k.plug("g-1", false)
+				m.DevicesChanged(true)
+			}
+			if meanwhile == "mounted" {
+				k.then = goes
+			}
+			if _, err := client.Mount(ctx, wire.MountRequest{Tag: "g-1", Label: "x", TimeoutMS: 100}); err != nil {
+				t.Fatal(err)
+			}
+			if meanwhile == "checked" {
+				k.mu.Lock()
+				k.then = goes
+				k.mu.Unlock()
+				m.DevicesChanged(true)
+			}
+			eventually(t, "the dead mount goes", func() bool {
+				left, _ := k.Mounted()
+				return len(left) == 0 && len(m.List()) == 0
+			})
+		})
+	}
+}
+
+// A device that comes is no reason to ask others whether they are gone.
+func TestNewDeviceAsksNoOther(t *testing.T) {
+	k := newFakeKernel("g-1")
+	m, client := agent(t, k)
+	if _, err := client.Mount(deadline(t), wire.MountRequest{Tag: "g-1", Label: "x", TimeoutMS: 100}); err != nil {
+		t.Fatal(err)
+	}
+	asked := make(chan struct{})
+	k.mu.Lock()
+	k.then = func() { close(asked) }
+	k.mu.Unlock()
+	m.DevicesChanged(false)
+	select {
+	case <-asked:
+		t.Error("it was asked")
+	case <-time.After(100 * time.Millisecond):
+	}
+	m.DevicesChanged(true)
+	<-asked
+}
+
+func TestUevents(t *testing.T) {
+	for event, want := range map[string][2]bool{
+		"remove@/devices/pci0/virtio3\x00ACTION=remove\x00SUBSYSTEM=virtio\x00": {true, true},
+		"unbind@/devices/pci0/virtio3\x00ACTION=unbind\x00SUBSYSTEM=virtio\x00": {true, true},
+		"add@/devices/pci0/virtio3\x00ACTION=add\x00SUBSYSTEM=virtio\x00":       {true, false},
+		"remove@/devices/pci0/net0\x00ACTION=remove\x00SUBSYSTEM=net\x00":       {false, true},
+		"removed@/devices/virtio3\x00SUBSYSTEM=virtio\x00":                      {true, false},
+		"": {false, false},
+	} {
+		if got := [2]bool{aboutVirtio([]byte(event)), goes([]byte(event))}; got != want {
+			t.Errorf("%q: about virtio, goes: %v, want %v", event, got, want)
+		}
+	}
 }
 
 func TestDeadMountGivesWayToTheNext(t *testing.T) {
@@ -222,7 +304,7 @@ func TestHungDeviceHoldsUpNobody(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 100 {
-		m.DevicesChanged() // must not pile up checks either
+		m.DevicesChanged(true) // must not pile up checks either
 	}
 	if _, err := client.Mount(ctx, wire.MountRequest{Tag: "g-2", Label: "y", TimeoutMS: 100}); err != nil {
 		t.Fatal(err)
@@ -385,10 +467,10 @@ func TestWatchWakesAndEnds(t *testing.T) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		Watch(ctx, m, func(ctx context.Context, wake func()) error {
+		Watch(ctx, m, func(ctx context.Context, wake func(gone bool)) error {
 			select {
 			case <-fire:
-				wake()
+				wake(true)
 			case <-ctx.Done():
 			}
 			return errors.New("broken")

@@ -55,6 +55,7 @@ type row struct {
 	busy     bool
 	mounted  bool
 	checking bool // a liveness check is out
+	again    bool // devices went while it was busy or being checked
 }
 
 // NewMounts takes over what an earlier agent left mounted.
@@ -141,7 +142,7 @@ func (m *Mounts) claim(want wire.Mount) (current bool, err error) {
 	default:
 		err = ErrConflict
 	}
-	r.busy = false
+	m.free(r)
 	return current, err
 }
 
@@ -153,7 +154,9 @@ func (m *Mounts) settle(label string, mounted bool) {
 		delete(m.rows, label)
 		return
 	}
-	m.rows[label].busy, m.rows[label].mounted = false, true
+	r := m.rows[label]
+	r.mounted = true
+	m.free(r)
 }
 
 // mountWhenThere tries at once, after each change of devices and, should an
@@ -201,8 +204,8 @@ func (m *Mounts) remove(r *row) error {
 	err := m.kernel.Unmount(r.mount.Path)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	r.busy = false
 	if err != nil {
+		m.free(r)
 		return fmt.Errorf("cannot unmount %s: %w", r.mount.Label, err)
 	}
 	delete(m.rows, r.mount.Label)
@@ -210,19 +213,41 @@ func (m *Mounts) remove(r *row) error {
 	return nil
 }
 
-// DevicesChanged wakes those who wait for a device and removes mounts whose
-// device has gone. It does not wait for that: a device that hangs without
-// going holds one goroutine for its label, and nobody else.
-func (m *Mounts) DevicesChanged() {
+// DevicesChanged wakes those who wait for a device and, where some may have gone,
+// removes the mounts of those that have. It does not wait for that: a device that
+// hangs without going holds one goroutine for its label, and nobody else.
+func (m *Mounts) DevicesChanged(someGone bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	close(m.changed)
 	m.changed = make(chan struct{})
+	if !someGone {
+		return
+	}
 	for _, r := range m.rows {
-		if r.mounted && !r.busy && !r.checking {
-			r.checking = true
-			go m.check(r)
-		}
+		m.look(r)
+	}
+}
+
+// look checks a row, at once or, where somebody has it, as soon as they are
+// done: an event that is passed over does not come again. m.mu is held.
+func (m *Mounts) look(r *row) {
+	if r.busy || r.checking {
+		r.again = true
+		return
+	}
+	r.again = false
+	if r.mounted {
+		r.checking = true
+		go m.check(r)
+	}
+}
+
+// free ends a claim on a row that stays. m.mu is held.
+func (m *Mounts) free(r *row) {
+	r.busy = false
+	if r.again {
+		m.look(r)
 	}
 }
 
@@ -231,6 +256,9 @@ func (m *Mounts) check(r *row) {
 	m.mu.Lock()
 	r.checking = false
 	if !gone || r.busy || m.rows[r.mount.Label] != r {
+		if !gone && r.again && !r.busy {
+			m.look(r)
+		}
 		m.mu.Unlock()
 		return
 	}

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -63,13 +64,17 @@ func (l hostOnly) Accept() (net.Conn, error) {
 // an event: m asks its mounts whether they are gone, and a request to a device
 // that no longer answers would hold up that device's removal, and with it the
 // guest's hot-plug, for good.
-func Watch(ctx context.Context, m *Mounts, events func(ctx context.Context, wake func()) error, log *slog.Logger) {
+func Watch(ctx context.Context, m *Mounts, events func(ctx context.Context, wake func(gone bool)) error, log *slog.Logger) {
 	var reader sync.WaitGroup
 	defer reader.Wait()
 	wake := make(chan struct{}, 1)
+	var someGone atomic.Bool
 	reader.Go(func() {
 		for ctx.Err() == nil {
-			err := events(ctx, func() {
+			err := events(ctx, func(gone bool) {
+				if gone {
+					someGone.Store(true)
+				}
 				select {
 				case wake <- struct{}{}:
 				default:
@@ -87,7 +92,7 @@ func Watch(ctx context.Context, m *Mounts, events func(ctx context.Context, wake
 			return
 		case <-wake:
 		}
-		m.DevicesChanged()
+		m.DevicesChanged(someGone.Swap(false))
 	}
 }
 

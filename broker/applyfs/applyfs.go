@@ -221,11 +221,11 @@ func (a *Applier) AgentBack(ctx context.Context, o reconcile.Object) error {
 	}
 	state, err := s.State(ctx)
 	if err != nil {
-		return err
+		return fmt.Errorf("%w: %w", reconcile.ErrNotNow, err)
 	}
 	i := slices.IndexFunc(state.Objects, func(seen shim.ObjectState) bool { return seen.ID == o.ID && seen.Phase == shim.Attached })
 	if i < 0 {
-		return fmt.Errorf("%s is not attached", o.ID)
+		return fmt.Errorf("%s is not attached: %w", o.ID, reconcile.ErrNotNow)
 	}
 	note, err := a.mount(ctx, o, state.Objects[i].SingleFile)
 	if err == nil && note != "" {

@@ -48,6 +48,7 @@ type Checker interface {
 // AgentFollower is an [Applier] that has a VM's agent do something for each
 // object, and asks again when an agent comes back.
 type AgentFollower interface {
+	// AgentBack fails with [ErrNotNow] where the agent was not asked.
 	AgentBack(ctx context.Context, o Object) error
 }
 
@@ -263,7 +264,9 @@ func (r *Reconciler) AgentAnswers(ctx context.Context, vm uuid.UUID, back bool) 
 			continue
 		}
 		err := follower.AgentBack(ctx, o)
-		r.agentDid(o.ID, err == nil)
+		if !errors.Is(err, ErrNotNow) {
+			r.agentDid(o.ID, err == nil)
+		}
 		if err != nil {
 			r.o.Log.Warn("cannot tell a VM's agent what it missed", "vm", vm, "object", o.ID, "err", err)
 		}
@@ -375,7 +378,6 @@ func (r *Reconciler) look(ctx context.Context, vm uuid.UUID) (view, error) {
 		}
 		v.observed = append(v.observed, seen...)
 	}
-	r.saw(v.observed)
 	now := r.o.Clock.Now()
 	// Before the second look: what is revoked before its VM runs is not planned for
 	// the run.
@@ -390,6 +392,7 @@ func (r *Reconciler) look(ctx context.Context, vm uuid.UUID) (view, error) {
 	dead := func(g ledger.Grant) bool { return v.live[g.ID] != nil }
 	v.desired = Objects(r.kinds, v.grants, alive)
 	v.ending = Objects(r.kinds, v.grants, dead)
+	r.saw(v)
 	v.observed = append(v.observed, r.missing(v, confirmed, v.instances[vm])...)
 	v.plan = Plan(v.desired, v.ending, v.observed, v.instances, now)
 	return v, nil
@@ -413,12 +416,12 @@ func (r *Reconciler) seenIn(g ledger.Grant, runs map[string]string) {
 	}
 }
 
-// saw notes in which run objects are there.
-func (r *Reconciler) saw(observed []Observed) {
+// saw notes in which run the objects of live grants are there.
+func (r *Reconciler) saw(v view) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, o := range observed {
-		if o.Presence == Present {
+	for _, o := range v.observed {
+		if o.Presence == Present && slices.ContainsFunc(v.desired, func(d Object) bool { return d.ID == o.ID }) {
 			r.seen[o.ID] = o.Instance
 		}
 	}

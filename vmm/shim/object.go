@@ -58,7 +58,9 @@ type object struct {
 	since  time.Time
 	child  *child
 	err    *Error
-	killed bool
+	killed bool // the guest held it past the deadline
+	// retired: it ended under the guest; its id is not used again in this run.
+	retired bool
 }
 
 type fileID struct {
@@ -203,7 +205,7 @@ func (s *server) cut(o *object, add *call) {
 	case isClosed(o.instance.over):
 		s.gone(o, refuse(CodeNotRunning, "the VM has ended"), slotRetired)
 	case killed:
-		s.update(func() { o.killed = true })
+		s.update(func() { o.killed, o.retired = true, true })
 		s.degrade("the guest held %s (tag %s) past the deadline: what served it was killed, its slot on segment %d is retired", o.id, o.spec.Tag, o.segment)
 		s.gone(o, o.reason(), slotRetired)
 	case crashed:
@@ -291,7 +293,7 @@ func (s *server) crashed(o *object) {
 		s.gone(o, refuse(CodeNotRunning, "the VM has ended"), slotRetired)
 		return
 	}
-	s.update(func() { o.killed = true })
+	s.update(func() { o.retired = true })
 	s.degrade("virtiofsd of %s (tag %s) ended by itself (%s): its slot on segment %d is retired",
 		o.id, o.spec.Tag, describeStatus(o.child.status), o.segment)
 	s.gone(o, refuse(CodeLaunch, "virtiofsd of %s ended by itself: %s", o.id, lastLine(o.log())), slotRetired)
@@ -445,7 +447,7 @@ func (s *server) gone(o *object, err *Error, slot int) {
 		if slot == slotFree {
 			o.instance.slots.give(o.segment)
 		}
-		if !o.killed {
+		if !o.retired {
 			delete(s.objects, o.id)
 		}
 		s.buried.put(o.id, o.spec.Generation)

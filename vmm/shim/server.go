@@ -199,8 +199,8 @@ func (s *server) accept(spec *Object, f *os.File) (o *object, wait <-chan struct
 // again answers a put of an object that exists.
 func (s *server) again(o *object, spec *Object, inode fileID, f *os.File) (*object, <-chan struct{}, *Error) {
 	switch {
-	case o.killed:
-		return nil, nil, refuse(CodeRetired, "%s was killed in this instance of the VM", o.id)
+	case o.retired:
+		return nil, nil, refuse(CodeRetired, "what served %s ended under the guest in this instance of the VM", o.id)
 	case spec.Generation < o.spec.Generation:
 		return nil, nil, refuse(CodeStaleGeneration, "generation %d of %s is older than %d", spec.Generation, o.id, o.spec.Generation)
 	case o.ending() || o.phase == Detaching || o.phase == Gone:

@@ -85,7 +85,7 @@ type State struct {
 	Instance string    `json:"instance"`
 	Phase    string    `json:"phase"`
 	// Objects are those that exist or are on their way in or out, and those
-	// that were killed. Any other is gone.
+	// that ended under the guest, killed or not. Any other is gone.
 	Objects    []ObjectState `json:"objects"`
 	Degraded   []string      `json:"degraded,omitempty"`
 	SlotsFree  int           `json:"slots_free"`
