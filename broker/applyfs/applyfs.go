@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path"
 	"slices"
 	"time"
 
@@ -98,20 +99,12 @@ func (a *Applier) Objects(g ledger.Grant) []reconcile.Object {
 
 // Observe asks the VM's shim.
 func (a *Applier) Observe(ctx context.Context, vm uuid.UUID) ([]reconcile.Observed, error) {
-	s, ok := a.host.Shim(vm)
-	if !ok {
+	if _, ok := a.host.Shim(vm); !ok {
 		return nil, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	state, err := s.State(ctx)
+	state, err := a.state(ctx, vm)
 	if err != nil {
 		return nil, err
-	}
-	if state.VMMPid == 0 {
-		// Its objects went with the run. That says nothing of those that wait
-		// for the next one.
-		return nil, fmt.Errorf("VM %s: %w", vm, reconcile.ErrNotNow)
 	}
 	out := make([]reconcile.Observed, 0, len(state.Objects))
 	for _, o := range state.Objects {
@@ -121,6 +114,33 @@ func (a *Applier) Observe(ctx context.Context, vm uuid.UUID) ([]reconcile.Observ
 		})
 	}
 	return out, nil
+}
+
+// Run is the VM's present run, as its shim sees it.
+func (a *Applier) Run(ctx context.Context, vm uuid.UUID) (instance string, err error) {
+	state, err := a.state(ctx, vm)
+	return state.Instance, err
+}
+
+// state is what the shim of a VM's present run sees.
+func (a *Applier) state(ctx context.Context, vm uuid.UUID) (shim.State, error) {
+	noRun := fmt.Errorf("VM %s: %w", vm, reconcile.ErrNotNow)
+	s, ok := a.host.Shim(vm)
+	if !ok {
+		return shim.State{}, noRun
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	state, err := s.State(ctx)
+	switch {
+	case errors.Is(err, shim.ErrNoShim):
+		err = fmt.Errorf("%w: %w", noRun, err)
+	case err == nil && state.VMMPid == 0:
+		// Its objects went with the run. That says nothing of those that wait
+		// for the next one.
+		err = noRun
+	}
+	return state, err
 }
 
 func presence(o shim.ObjectState) reconcile.Presence {
@@ -199,15 +219,20 @@ func (a *Applier) share(ctx context.Context, s Shim, o reconcile.Object) (file s
 		ReadOnly: readOnly(o.Capability), SingleFile: file,
 		UID: partition.OwnerUID, GID: partition.OwnerGID, Deadline: o.Deadline,
 	}, opened.File())
-	if refused, ok := errors.AsType[*shim.Error](err); ok {
-		switch refused.Code {
-		case shim.CodeNotRunning, shim.CodeWrongInstance:
-			err = fmt.Errorf("%w: %w", reconcile.ErrNotNow, err)
-		}
-	} else if errors.Is(err, shim.ErrNoShim) {
+	if err != nil && a.noRun(o.VM, err) {
 		err = fmt.Errorf("%w: %w", reconcile.ErrNotNow, err)
 	}
 	return file, err
+}
+
+// noRun tells whether a shim's error means that the run of the VM that it was
+// asked for is over. A shim that lives and does not answer is no such case.
+func (a *Applier) noRun(vm uuid.UUID, err error) bool {
+	if refused, ok := errors.AsType[*shim.Error](err); ok {
+		return refused.Code == shim.CodeNotRunning || refused.Code == shim.CodeWrongInstance
+	}
+	_, alive := a.host.Shim(vm)
+	return !alive || errors.Is(err, shim.ErrNoShim)
 }
 
 func readOnly(c capabilities.Capability) bool { return !c.Rights.Has("write") }
@@ -215,11 +240,7 @@ func readOnly(c capabilities.Capability) bool { return !c.Rights.Has("write") }
 // AgentBack mounts a share again whose agent was away. What is shared is the
 // shim's to say: the name on the host may be another's by now, or nobody's.
 func (a *Applier) AgentBack(ctx context.Context, o reconcile.Object) error {
-	s, ok := a.host.Shim(o.VM)
-	if !ok {
-		return fmt.Errorf("VM %s: %w", o.VM, reconcile.ErrNotNow)
-	}
-	state, err := s.State(ctx)
+	state, err := a.state(ctx, o.VM)
 	if err != nil {
 		return fmt.Errorf("%w: %w", reconcile.ErrNotNow, err)
 	}
@@ -227,7 +248,11 @@ func (a *Applier) AgentBack(ctx context.Context, o reconcile.Object) error {
 	if i < 0 {
 		return fmt.Errorf("%s is not attached: %w", o.ID, reconcile.ErrNotNow)
 	}
-	note, err := a.mount(ctx, o, state.Objects[i].SingleFile)
+	file := ""
+	if r, ok := o.Capability.Resource.(capabilities.FSResource); ok && state.Objects[i].SingleFile {
+		file = path.Base(r.Path.String())
+	}
+	note, err := a.mount(ctx, o, file)
 	if err == nil && note != "" {
 		err = errors.New(note)
 	}

@@ -282,6 +282,27 @@ func TestObserveFailsRatherThanGuess(t *testing.T) {
 	}
 }
 
+// The present run is that of the shim, whatever others know yet.
+func TestRun(t *testing.T) {
+	w := newWorld(t)
+	s := w.fake()
+	var a reconcile.RunTeller = New(w, mountTime)
+	for range 2 {
+		if run, err := a.Run(t.Context(), w.vm); err != nil || run != s.run() {
+			t.Errorf("run %q, error %v, want run %q", run, err, s.run())
+		}
+		s.reboot()
+	}
+	s.finish(shim.Starting)
+	if _, err := a.Run(t.Context(), w.vm); !errors.Is(err, reconcile.ErrNotNow) {
+		t.Errorf("error %v between two runs, want %v", err, reconcile.ErrNotNow)
+	}
+	w.set(nil)
+	if _, err := a.Run(t.Context(), w.vm); !errors.Is(err, reconcile.ErrNotNow) {
+		t.Errorf("error %v of a VM that does not run, want %v", err, reconcile.ErrNotNow)
+	}
+}
+
 func TestPresence(t *testing.T) {
 	w := newWorld(t)
 	s := w.fake()

@@ -122,7 +122,7 @@ func (s *fakeShim) failure(ctx context.Context) error {
 }
 
 func (o *fakeObject) state() shim.ObjectState {
-	st := shim.ObjectState{ID: o.spec.ID, Generation: o.spec.Generation, Phase: o.phase, Tag: o.spec.Tag, SingleFile: o.spec.SingleFile, Killed: o.killed}
+	st := shim.ObjectState{ID: o.spec.ID, Generation: o.spec.Generation, Phase: o.phase, Tag: o.spec.Tag, SingleFile: o.spec.SingleFile != "", Killed: o.killed}
 	if o.err != nil && o.err.Code != shim.CodeRemoved {
 		st.Error = o.err.Message
 	}

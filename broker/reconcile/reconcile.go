@@ -52,6 +52,12 @@ type AgentFollower interface {
 	AgentBack(ctx context.Context, o Object) error
 }
 
+// RunTeller is an [Applier] that knows the present run of a VM from the world,
+// behind which Options.Instances may be.
+type RunTeller interface {
+	Run(ctx context.Context, vm uuid.UUID) (instance string, err error)
+}
+
 // Placer is an [Applier] whose objects have a place inside the VM.
 type Placer interface {
 	// Place is where the VM finds what was granted, or "".
@@ -393,7 +399,7 @@ func (r *Reconciler) look(ctx context.Context, vm uuid.UUID) (view, error) {
 	v.desired = Objects(r.kinds, v.grants, alive)
 	v.ending = Objects(r.kinds, v.grants, dead)
 	r.saw(v)
-	v.observed = append(v.observed, r.missing(v, confirmed, v.instances[vm])...)
+	v.observed = append(v.observed, r.missing(ctx, v, confirmed, v.instances[vm])...)
 	v.plan = Plan(v.desired, v.ending, v.observed, v.instances, now)
 	return v, nil
 }
@@ -429,7 +435,7 @@ func (r *Reconciler) saw(v view) {
 
 // missing reports as gone what an active grant was confirmed to have in this
 // run of its VM and nobody sees any more.
-func (r *Reconciler) missing(v view, confirmed map[string]string, instance string) []Observed {
+func (r *Reconciler) missing(ctx context.Context, v view, confirmed map[string]string, instance string) []Observed {
 	var out []Observed
 	for _, g := range v.grants {
 		kind := r.kinds[g.Capability.Kind]
@@ -437,7 +443,8 @@ func (r *Reconciler) missing(v view, confirmed map[string]string, instance strin
 			continue
 		}
 		for _, o := range kind.Objects(g) {
-			if confirmed[o.ID] == instance && !slices.ContainsFunc(v.observed, func(seen Observed) bool { return seen.ID == o.ID }) {
+			there := slices.ContainsFunc(v.observed, func(seen Observed) bool { return seen.ID == o.ID })
+			if confirmed[o.ID] == instance && !there && r.goesOn(ctx, o, instance) {
 				out = append(out, Observed{
 					ID: o.ID, Kind: o.Kind, VM: o.VM, Instance: instance, Generation: o.Generation,
 					Presence: Gone, Detail: "what served it has ended",
@@ -446,6 +453,17 @@ func (r *Reconciler) missing(v view, confirmed map[string]string, instance strin
 		}
 	}
 	return out
+}
+
+// goesOn tells whether the run of an object's VM goes on. If it does, what was
+// seen before was seen in that run.
+func (r *Reconciler) goesOn(ctx context.Context, o Object, instance string) bool {
+	teller, ok := r.appliers[o.Kind].(RunTeller)
+	if !ok {
+		return true
+	}
+	now, err := teller.Run(ctx, o.VM)
+	return err == nil && now == instance
 }
 
 // Preview returns what the reconciler would do for the VM if extra were
@@ -520,6 +538,9 @@ func (r *Reconciler) apply(ctx context.Context, a Action, state map[uuid.UUID]le
 		return nil // the broker stops; the next one finishes or undoes
 	}
 	if err == nil {
+		r.mu.Lock()
+		r.seen[a.Object.ID] = a.Object.Instance
+		r.mu.Unlock()
 		r.setMissed(a.Object.ID, note != "" && applyCtx.Err() == nil)
 		r.o.Log.Info("applied", "object", a.Object.ID, "vm", a.Object.VM, "why", a.Why, "note", note)
 	}
@@ -565,6 +586,10 @@ func (r *Reconciler) append(ctx context.Context, moves []ledger.Event) error {
 	}
 	_, err := r.o.Ledger.Update(ctx, func(tx *ledger.Tx) error {
 		for _, e := range moves {
+			// No move, so that it is legal twice, and after the grant's end.
+			if g, _ := tx.State().Grant(e.Grant); e.Type == ledger.GrantDegraded && (g.Degraded != "" || g.State.Final()) {
+				continue
+			}
 			if err := tx.Append(e); err != nil && !errors.Is(err, ledger.ErrIllegalMove) {
 				return err
 			}

@@ -20,6 +20,7 @@ import (
 type place struct {
 	mu      sync.Mutex
 	objects map[string]Observed
+	made    int               // objects, ever
 	barred  map[string]uint64 // generation of the last withdrawal
 	// applyErr and withdrawErr fail the next call; hold keeps an application
 	// under way until it is closed.
@@ -74,6 +75,9 @@ func (p *place) Apply(_ context.Context, o Object) (string, error) {
 	if o.Generation <= p.barred[o.ID] {
 		return "", errors.New("an older generation")
 	}
+	if _, ok := p.objects[o.ID]; !ok {
+		p.made++
+	}
 	p.objects[o.ID] = Observed{ID: o.ID, Kind: o.Kind, VM: o.VM, Instance: o.Instance, Generation: o.Generation, Presence: Present}
 	return p.note, nil
 }
@@ -104,6 +108,12 @@ func (p *place) count() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return len(p.objects)
+}
+
+func (p *place) applied() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.made
 }
 
 // rig is a reconciler on a real ledger.
@@ -211,6 +221,11 @@ func TestForceIsOnRecord(t *testing.T) {
 	g.revoke(id)
 	if got := g.await(id, ledger.Revoked); got.Degraded != "what served it was killed" {
 		t.Errorf("the record says %q", got.Degraded)
+	}
+	// Who looked at the ledger before that records nothing twice.
+	late := []ledger.Event{change(ledger.GrantDegraded, id, "what served it was killed"), change(ledger.GrantRevoked, id, "")}
+	if err := g.r.append(t.Context(), late); err != nil {
+		t.Fatal(err)
 	}
 	events, err := g.l.Events(0, ledger.EventFilter{Grant: id, Types: []ledger.EventType{ledger.GrantDegraded, ledger.GrantRevoked}}, 0)
 	if err != nil || len(events) != 2 || events[0].Type != ledger.GrantDegraded {

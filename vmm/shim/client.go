@@ -55,6 +55,7 @@ type Client struct {
 	proc   Proc
 	pidfd  *os.File
 	exited chan struct{}
+	dead   bool // the process has ended; may be read once exited is closed
 	close  sync.Once
 }
 
@@ -98,7 +99,7 @@ func dial(runtimeDir string) (*Client, error) {
 	c := &Client{dir: dir, proc: ident, pidfd: pidfd, exited: make(chan struct{})}
 	go func() {
 		defer close(c.exited)
-		_ = waitPidfd(pidfd)
+		c.dead = waitPidfd(pidfd) == nil
 	}()
 	conn, err := c.connect()
 	if err != nil {
@@ -251,7 +252,7 @@ func (c *Client) call(ctx context.Context, r *request, files ...*os.File) (*repl
 		switch {
 		case ctx.Err() != nil:
 			err = ctx.Err()
-		case await(c.exited, exitSeen):
+		case await(c.exited, exitSeen) && c.dead:
 			err = fmt.Errorf("%w: %w", ErrNoShim, err)
 		}
 		return nil, fmt.Errorf("cannot %s at the shim: %w", r.Op, err)

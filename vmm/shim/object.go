@@ -168,7 +168,11 @@ func (s *server) cut(o *object, add *call) {
 		// The VMM has never heard of it.
 		o.child.kill()
 		<-o.child.exited
-		s.gone(o, o.reason(), slotFree)
+		why := o.reason()
+		if !o.ending() && isClosed(o.instance.over) {
+			why = refuse(CodeNotRunning, "the VM has ended")
+		}
+		s.gone(o, why, slotFree)
 		return
 	}
 	ordered := time.Now()

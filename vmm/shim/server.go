@@ -87,7 +87,7 @@ func (s *server) state() State {
 func (o *object) state() ObjectState {
 	st := ObjectState{
 		ID: o.id, Generation: o.spec.Generation, Phase: o.phase, Tag: o.spec.Tag,
-		Deadline: o.spec.Deadline, SingleFile: o.spec.SingleFile,
+		Deadline: o.spec.Deadline, SingleFile: o.spec.SingleFile != "",
 		Killed: o.killed, Since: o.since,
 	}
 	if o.child != nil && !o.child.hasExited() {

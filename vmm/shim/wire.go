@@ -72,8 +72,9 @@ type ObjectState struct {
 	// Killed tells that the guest did not let go in time and what served the
 	// object was killed under it.
 	Killed bool `json:"killed,omitempty"`
-	// SingleFile is the name of the shared file, where the share is one.
-	SingleFile string    `json:"single_file,omitempty"`
+	// SingleFile: one file is shared, not a directory. Its name is the caller's to
+	// know: many long ones would not fit into a reply.
+	SingleFile bool      `json:"single_file,omitempty"`
 	Error      string    `json:"error,omitempty"`
 	Since      time.Time `json:"since,omitzero"`
 }

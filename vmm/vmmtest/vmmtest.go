@@ -29,14 +29,14 @@ import (
 //	no-boot   fails vm.boot
 //
 // and the test drives it with a line on [Socket]: reboot, shutdown, crash, which
-// ends the VMM at once, crash-in-add, which does in the next vm.add-fs, and "eject
-// ID", which lets go of a device that nobody took away. "done" is the answer.
+// ends the VMM at once, crash-in-add, which does in the next vm.add-fs,
+// hang-in-add, which never answers it, and "eject ID", which lets go of a device that nobody took away. "done" is the answer.
 type fakeVMM struct {
 	events *os.File
 	mu     sync.Mutex
 	config vmm.VMConfig
 	fs     map[string]net.Conn
-	doomed bool       // it crashes in the next vm.add-fs
+	next   string     // what the next vm.add-fs does: "", crash-in-add or hang-in-add
 	turn   sync.Mutex // one request at a time
 }
 
@@ -90,9 +90,9 @@ func (f *fakeVMM) control(l net.Listener) {
 		case "crash":
 			fmt.Fprintln(os.Stderr, "something broke")
 			os.Exit(7)
-		case "crash-in-add":
+		case "crash-in-add", "hang-in-add":
 			f.mu.Lock()
-			f.doomed = true
+			f.next = word
 			f.mu.Unlock()
 		case "eject":
 			f.eject(id)
@@ -209,8 +209,12 @@ func (f *fakeVMM) addFS(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	f.mu.Lock()
-	if f.doomed {
+	switch f.next {
+	case "crash-in-add":
 		os.Exit(7)
+	case "hang-in-add":
+		f.mu.Unlock()
+		select {}
 	}
 	f.fs[c.ID] = conn
 	f.mu.Unlock()
