@@ -79,7 +79,7 @@ func newRunsRig(t *testing.T, look func(run string) string) (*rig, *runs) {
 	g := newRig(t)
 	g.r.Close()
 	p := &runs{now: "run"}
-	p.place.objects, p.place.barred = map[string]Observed{}, map[string]uint64{}
+	p.objects, p.barred = map[string]Observed{}, map[string]uint64{}
 	g.p = &p.place
 	g.r = New(Options{
 		Appliers: []Applier{p}, Ledger: g.l, Clock: g.clock, Sweep: 20 * time.Millisecond,
