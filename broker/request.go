@@ -130,6 +130,7 @@ func (b *Broker) ask(ctx context.Context, r request, explain bool) policy.Verdic
 	})
 	concern(holderPartition, true)
 	concern(r.capability.Resource.Partition())
+	b.awaitFirstLoads(ctx, ids...)
 	in := policy.Input{
 		Action: r.action, Now: hostTime(b.o.Clock.Now().Wall),
 		Requester:  policy.Requester{Kind: policy.RequesterPerson, UID: r.actor.UID},
@@ -150,7 +151,6 @@ func (b *Broker) ask(ctx context.Context, r request, explain bool) policy.Verdic
 		p := policyCapability(r.parent.Capability, nil)
 		in.Parent = &p
 	}
-	b.awaitFirstLoads(ctx, ids...)
 	v := b.engines.Decide(ctx, ids, func(policy.EngineID) policy.Input { return in }, explain)
 	for i := range v.Answers {
 		// Names may have changed since the engine was loaded.

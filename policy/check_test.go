@@ -283,3 +283,24 @@ limits contains {"max_uses": _sum(1, 2)} if input.action == "grant"
 		t.Errorf("only %d of the files do not parse", broken)
 	}
 }
+
+// A rule that another stands in for never decides, whoever forgot to say so.
+func TestStandInDecidesNothing(t *testing.T) {
+	c := &compilation{standIns: map[place]bool{{"p.rego", 3}: true}}
+	if !c.failed() || !strings.Contains(c.findings[0].Message, "not compiled as it is written") {
+		t.Errorf("it may decide: %v", c.findings)
+	}
+	if c = (&compilation{}); c.failed() {
+		t.Errorf("what is whole is refused: %v", c.findings)
+	}
+	for name, text := range map[string]string{
+		"a type error":       "package spectrum.grant\n\nallow if input.capability.kind == 7\n",
+		"an unsafe variable": "package spectrum.grant\n\nallow if x\n",
+		"a syntax error":     "package spectrum.grant\n\nallow if {\n",
+	} {
+		p, findings := compile(Sources{Files: map[string][]byte{"p.rego": []byte(text)}, Dir: "p"})
+		if p != nil || !hasErrors(findings) {
+			t.Errorf("%s: it loads: %v", name, findings)
+		}
+	}
+}

@@ -92,7 +92,7 @@ func (c *compilation) reportAST(err error) {
 func compile(src Sources) (*program, []Finding) {
 	c := &compilation{src: src}
 	compiler := c.compile()
-	if hasErrors(c.findings) {
+	if c.failed() {
 		return nil, sortFindings(c.findings)
 	}
 	p := &program{compiler: compiler}
@@ -101,6 +101,16 @@ func compile(src Sources) (*program, []Finding) {
 		return nil, sortFindings(c.findings)
 	}
 	return p, sortFindings(c.findings)
+}
+
+// failed tells whether what was compiled must not decide anything. A rule that
+// another stands in for was refused by name; should it ever not have been, it is
+// here.
+func (c *compilation) failed() bool {
+	if len(c.standIns) > 0 && !hasErrors(c.findings) {
+		c.report(nil, "it was not compiled as it is written, and nothing says why: a defect of the broker")
+	}
+	return hasErrors(c.findings)
 }
 
 func (c *compilation) compile() *ast.Compiler {

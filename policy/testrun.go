@@ -69,7 +69,7 @@ func runTests(req testRequest) TestReport {
 	src := req.Sources
 	c := &compilation{src: src, tests: true}
 	c.compile()
-	if hasErrors(c.findings) {
+	if c.failed() {
 		return TestReport{Findings: sortFindings(c.findings)}
 	}
 	fail := func(err error) TestReport {
