@@ -20,6 +20,7 @@ import (
 	"spectrum-os.org/broker/broker/ledger"
 	"spectrum-os.org/broker/broker/reconcile"
 	"spectrum-os.org/broker/capabilities"
+	"spectrum-os.org/broker/failpoint"
 	"spectrum-os.org/broker/policy"
 	"spectrum-os.org/broker/vmm/shim"
 )
@@ -147,9 +148,11 @@ func (b *Broker) close() error {
 	if b.ledger == nil {
 		return nil
 	}
+	failpoint.Hit("close.before")
 	_, err := b.ledger.Update(context.WithoutCancel(b.ctx), func(tx *ledger.Tx) error {
 		return tx.Append(ledger.Event{Type: ledger.BrokerStopped, Actor: brokerActor})
 	})
+	failpoint.Hit("close.recorded")
 	return errors.Join(err, b.ledger.Close())
 }
 
@@ -166,9 +169,11 @@ func (b *Broker) takeOver(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	failpoint.Hit("start.recorded")
 	if err := b.findTombstones(ctx); err != nil {
 		return err
 	}
+	failpoint.Hit("start.tombstones")
 	inv, err := b.scan(ctx)
 	if err != nil {
 		if info, missing := os.Stat(string(b.o.Partitions)); b.o.Partitions != "" && (errors.Is(missing, fs.ErrNotExist) || missing == nil && !info.IsDir()) {
@@ -177,12 +182,15 @@ func (b *Broker) takeOver(ctx context.Context) error {
 		return err
 	}
 	b.inventory.Store(inv)
+	failpoint.Hit("start.scanned")
 	if err := b.adopt(ctx); err != nil {
 		return err
 	}
+	failpoint.Hit("start.adopted")
 	if err := b.endStale(ctx); err != nil {
 		return err
 	}
+	failpoint.Hit("start.ended")
 	// What is to be cut does not wait for policies, which can take their time.
 	for vm := range b.holders() {
 		b.reconciler.Wake(vm)
@@ -190,9 +198,11 @@ func (b *Broker) takeOver(ctx context.Context) error {
 	if err := b.firstPolicies(ctx); err != nil {
 		return err
 	}
+	failpoint.Hit("start.policies")
 	if err := b.catchUp(ctx); err != nil {
 		return err
 	}
+	failpoint.Hit("start.caughtup")
 	return b.settle(ctx)
 }
 
@@ -210,12 +220,14 @@ func (b *Broker) adopt(ctx context.Context) error {
 			b.log.Warn("not a VM's runtime directory; left alone", "path", dir)
 			continue
 		}
+		failpoint.Hit("adopt.before")
 		u, err := b.adoptOne(ctx, vm, dir)
 		if err != nil && ctx.Err() != nil {
 			return ctx.Err() // the broker ends, and its VMs run on
 		}
 		if err != nil {
 			b.log.Warn("a VM did not outlive the last broker", "vm", vm, "why", err)
+			failpoint.Hit("adopt.reap.before")
 			if err := shim.Reap(dir); err != nil {
 				return fmt.Errorf("cannot clear what VM %s left: %w", vm, err)
 			}
@@ -225,6 +237,7 @@ func (b *Broker) adopt(ctx context.Context) error {
 		b.running[vm] = u
 		b.mu.Unlock()
 		b.attend(u)
+		failpoint.Hit("adopt.after")
 		if _, known := b.inv().definitions[vm]; !known {
 			b.log.Warn("stopping a VM whose definition is gone", "vm", vm)
 			if err := b.stopVM(ctx, brokerActor, u, 0); err != nil {
@@ -389,12 +402,14 @@ func (b *Broker) settle(ctx context.Context) error {
 
 // serve tells that the broker is ready and serves people until ctx ends.
 func (b *Broker) serve(ctx context.Context) error {
+	failpoint.Hit("ready.before")
 	l, err := api.ListenHost(b.o.Socket, b.o.SocketMode, b.o.SocketGroup)
 	if err != nil {
 		return err
 	}
 	b.wg.Go(func() { b.keepTime(ctx) })
 	b.ready.Store(true)
+	failpoint.Hit("ready.after")
 	b.log.Info("ready", "socket", b.o.Socket, "vms", len(b.units()))
 	if b.o.Ready != nil {
 		b.o.Ready()

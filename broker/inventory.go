@@ -16,6 +16,7 @@ import (
 	"spectrum-os.org/broker/broker/api"
 	"spectrum-os.org/broker/broker/ledger"
 	"spectrum-os.org/broker/capabilities"
+	"spectrum-os.org/broker/failpoint"
 	"spectrum-os.org/broker/policy"
 	"spectrum-os.org/broker/sources"
 )
@@ -62,6 +63,7 @@ func (b *Broker) scan(ctx context.Context) (*inventory, error) {
 	for _, d := range found.Definitions {
 		inv.definitions[d.ID] = d
 	}
+	failpoint.Hit("bind.before")
 	_, err = b.ledger.Update(ctx, func(tx *ledger.Tx) error {
 		for _, d := range found.Definitions {
 			if _, bound := tx.State().Binding(d.ID); bound {

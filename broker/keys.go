@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+
+	"spectrum-os.org/broker/failpoint"
 )
 
 const keyBlock = "SPECTRUM ED25519 SEED"
@@ -58,9 +60,11 @@ func makeKey(dir, path string) (ed25519.PrivateKey, error) {
 	if err := errors.Join(pem.Encode(f, &pem.Block{Type: keyBlock, Bytes: seed}), f.Sync()); err != nil {
 		return nil, fmt.Errorf("cannot write the signing key: %w", err)
 	}
+	failpoint.Hit("key.written")
 	if err := os.Link(f.Name(), path); err != nil {
 		return nil, fmt.Errorf("cannot keep the signing key: %w", err)
 	}
+	failpoint.Hit("key.linked")
 	d, err := os.Open(dir)
 	if err != nil {
 		return nil, fmt.Errorf("cannot keep the signing key: %w", err)

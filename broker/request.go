@@ -20,6 +20,7 @@ import (
 	"spectrum-os.org/broker/broker/api"
 	"spectrum-os.org/broker/broker/ledger"
 	"spectrum-os.org/broker/capabilities"
+	"spectrum-os.org/broker/failpoint"
 	"spectrum-os.org/broker/policy"
 )
 
@@ -285,6 +286,7 @@ func (b *Broker) grant(ctx context.Context, r request) (ledger.Grant, error) {
 		return ledger.Grant{}, b.recordDenial(ctx, d, err)
 	}
 	defer release()
+	failpoint.Hit("request.decided")
 	return b.record(ctx, d, instance, label)
 }
 
@@ -378,6 +380,7 @@ func (b *Broker) record(ctx context.Context, d decided, instance, label string) 
 		}
 		return ledger.Grant{}, unrecorded("nothing is granted", err)
 	}
+	failpoint.Hit("request.recorded")
 	b.reconciler.Wake(d.holder)
 	return g, nil
 }
@@ -535,6 +538,7 @@ func (b *Broker) outcome(ctx context.Context, g ledger.Grant) (ledger.Grant, err
 		return g, e
 	}
 	if g.State == ledger.Active {
+		failpoint.Hit("request.active")
 		b.metrics.applied(time.Since(began))
 		return g, nil
 	}

@@ -9,6 +9,7 @@ import (
 
 	"spectrum-os.org/broker/broker/api"
 	"spectrum-os.org/broker/broker/ledger"
+	"spectrum-os.org/broker/failpoint"
 	"spectrum-os.org/broker/vmm/shim"
 )
 
@@ -22,6 +23,7 @@ type revocation struct{ revoked, revoking []ledger.Grant }
 // which does not keep a revocation from being recorded.
 // Where it cannot be recorded, access is cut all the same, and the error says so.
 func (b *Broker) revoke(ctx context.Context, actor ledger.Actor, pick func(*ledger.State) []uuid.UUID, reason string, wait bool) (revocation, error) {
+	failpoint.Hit("revoke.before")
 	began := time.Now()
 	var all []uuid.UUID
 	_, err := b.ledger.Update(context.WithoutCancel(ctx), func(tx *ledger.Tx) error {
@@ -51,6 +53,7 @@ func (b *Broker) revoke(ctx context.Context, actor ledger.Actor, pick func(*ledg
 	if err != nil {
 		return revocation{}, b.cutUnrecorded(actor, pick, reason, err)
 	}
+	failpoint.Hit("revoke.recorded")
 	b.ledger.View(func(s *ledger.State) {
 		for _, id := range all {
 			if g, ok := s.Grant(id); ok {
@@ -73,6 +76,7 @@ func (b *Broker) revoke(ctx context.Context, actor ledger.Actor, pick func(*ledg
 			out.revoking = append(out.revoking, g)
 		}
 	}
+	failpoint.Hit("revoke.answer")
 	if wait && len(out.revoking) == 0 {
 		b.metrics.cut(time.Since(began))
 	}

@@ -13,6 +13,7 @@ import (
 
 	"spectrum-os.org/broker/broker/api"
 	"spectrum-os.org/broker/broker/ledger"
+	"spectrum-os.org/broker/failpoint"
 )
 
 // tombstone is a revocation that the ledger could not be told yet. A file in
@@ -49,6 +50,7 @@ func (b *Broker) cutUnrecorded(actor ledger.Actor, pick func(*ledger.State) []uu
 		b.unrecorded[g.ID] = tombstone{actor, reason}
 	}
 	b.mu.Unlock()
+	failpoint.Hit("tombstone.before")
 	for _, g := range open {
 		if err := b.writeTombstone(g.ID, tombstone{actor, reason}); err != nil {
 			b.log.Error("a restart of the broker before the ledger can be written would bring a grant back", "grant", g.ID, "err", err)
@@ -78,8 +80,10 @@ func (b *Broker) writeTombstone(grant uuid.UUID, t tombstone) error {
 	if err != nil {
 		return err
 	}
+	failpoint.Hit("tombstone.made")
 	_, err = f.Write(body)
 	err = errors.Join(err, f.Sync(), f.Close())
+	failpoint.Hit("tombstone.written")
 	dir, openErr := os.Open(b.tombstones())
 	if openErr != nil {
 		return errors.Join(err, openErr)
@@ -142,10 +146,12 @@ func (b *Broker) recordTombstones(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("cannot record a revocation: %w", err)
 	}
+	failpoint.Hit("tombstone.recorded")
 	for id := range late {
 		if err := os.Remove(filepath.Join(b.tombstones(), id.String())); err != nil && !errors.Is(err, os.ErrNotExist) {
 			b.log.Warn("cannot remove the tombstone of a revocation that is on record now", "grant", id, "err", err)
 		}
+		failpoint.Hit("tombstone.removed")
 		b.mu.Lock()
 		delete(b.unrecorded, id)
 		b.mu.Unlock()

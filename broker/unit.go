@@ -16,6 +16,7 @@ import (
 	"spectrum-os.org/broker/broker/api"
 	"spectrum-os.org/broker/broker/applyfs"
 	"spectrum-os.org/broker/broker/ledger"
+	"spectrum-os.org/broker/failpoint"
 	"spectrum-os.org/broker/sources"
 	"spectrum-os.org/broker/vmm/shim"
 )
@@ -225,8 +226,10 @@ func (b *Broker) bootOnRecord(ctx context.Context, actor ledger.Actor, d sources
 	if err != nil {
 		return nil, err
 	}
+	failpoint.Hit("vm.booted")
 	err = b.recordRun(ctx, ledger.VMStarted, actor, u.vm, u.instance(), "")
 	if err == nil {
+		failpoint.Hit("vm.recorded")
 		return u, nil
 	}
 	err = errors.Join(unrecorded("the VM is not started", err), u.client.Kill(), shim.Reap(u.dir))
@@ -254,6 +257,7 @@ func (b *Broker) boot(ctx context.Context, d sources.Definition) (*unit, error) 
 		spec.Disks = append(spec.Disks, shim.DiskSpec{ReadOnly: disk.ReadOnly})
 		disks = append(disks, disk.File)
 	}
+	failpoint.Hit("vm.start.before")
 	client, err := shim.Start(ctx, shim.StartOptions{
 		Binary: b.o.Shim, Spec: spec, Kernel: boot.Kernel, Initrd: boot.Initrd, Disks: disks, Log: b.log,
 	})
@@ -358,6 +362,7 @@ func (b *Broker) watch(ctx context.Context, u *unit) (ended bool) {
 func (b *Broker) rebooted(ctx context.Context, u *unit, before string, now shim.State) bool {
 	u.pause()
 	b.endRun(u, brokerActor, before, "the VM rebooted")
+	failpoint.Hit("vm.reboot.ended")
 	for {
 		err := b.recordRun(ctx, ledger.VMStarted, brokerActor, u.vm, now.Instance, "reboot")
 		if err == nil {
@@ -372,6 +377,7 @@ func (b *Broker) rebooted(ctx context.Context, u *unit, before string, now shim.
 			return false
 		}
 	}
+	failpoint.Hit("vm.reboot.recorded")
 	u.observe(now)
 	b.requestDeclared(u)
 	return true
@@ -379,6 +385,7 @@ func (b *Broker) rebooted(ctx context.Context, u *unit, before string, now shim.
 
 // ended removes all that is left of a VM, then its grants.
 func (b *Broker) ended(u *unit) {
+	failpoint.Hit("vm.ended")
 	for {
 		err := shim.Reap(u.dir)
 		if err == nil {
@@ -400,7 +407,9 @@ func (b *Broker) ended(u *unit) {
 	if state.ExitReason != "" {
 		reason += ": " + state.ExitReason
 	}
+	failpoint.Hit("vm.reaped")
 	b.endRun(u, u.endedBy(), state.Instance, reason)
+	failpoint.Hit("vm.end.recorded")
 }
 
 // endRun records that a run of the VM is over, and ends the grants that were
@@ -529,6 +538,7 @@ func (b *Broker) stopVM(ctx context.Context, actor ledger.Actor, u *unit, grace 
 	u.mu.Lock()
 	u.stopping, u.stopper = true, &actor
 	u.mu.Unlock()
+	failpoint.Hit("vm.stop.before")
 	if err := u.client.Stop(ctx, grace); err != nil {
 		select {
 		case <-u.client.Exited():
@@ -538,6 +548,7 @@ func (b *Broker) stopVM(ctx context.Context, actor ledger.Actor, u *unit, grace 
 	}
 	select {
 	case <-u.done:
+		failpoint.Hit("vm.stop.after")
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()

@@ -23,6 +23,7 @@ import (
 	"spectrum-os.org/broker/broker/ledger"
 	"spectrum-os.org/broker/broker/reconcile"
 	"spectrum-os.org/broker/capabilities"
+	"spectrum-os.org/broker/failpoint"
 	"spectrum-os.org/broker/sources"
 	"spectrum-os.org/broker/vmm/shim"
 )
@@ -178,6 +179,7 @@ func (a *Applier) Apply(ctx context.Context, o reconcile.Object) (note string, e
 	if err != nil {
 		return "", err
 	}
+	failpoint.Hit("fs.put")
 	return a.mount(ctx, o, file)
 }
 
@@ -211,6 +213,7 @@ func (a *Applier) share(ctx context.Context, s Shim, o reconcile.Object) (file s
 		return "", err
 	}
 	defer opened.Close()
+	failpoint.Hit("fs.opened")
 	if !opened.IsDir() {
 		file = opened.Name()
 	}
@@ -322,6 +325,7 @@ func (a *Applier) Withdraw(ctx context.Context, o reconcile.Object) (note string
 		return "", nil
 	}
 	removed, err := s.Remove(ctx, o.ID, o.Generation)
+	failpoint.Hit("fs.removed")
 	switch _, alive := a.host.Shim(o.VM); {
 	case err != nil && !alive:
 		return "", nil // the VM ended meanwhile, and everything with it

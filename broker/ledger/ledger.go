@@ -10,6 +10,7 @@ import (
 
 	"spectrum-os.org/broker/capabilities"
 	"spectrum-os.org/broker/clock"
+	"spectrum-os.org/broker/failpoint"
 )
 
 // Options says where the ledger is and what it needs.
@@ -83,6 +84,7 @@ func Open(ctx context.Context, o Options) (*Ledger, error) {
 		}
 		l.lock = lock
 	}
+	failpoint.Hit("ledger.lock.after")
 	if err := l.load(ctx); err != nil {
 		if l.lock != nil {
 			_ = l.lock.Close()
@@ -235,6 +237,7 @@ func (l *Ledger) commit(batch []*update) {
 	l.mu.Lock()
 	top.merge()
 	l.mu.Unlock()
+	failpoint.Hit("ledger.merge.after")
 	l.wake()
 }
 
@@ -288,6 +291,7 @@ func (l *Ledger) again() error {
 	if err := old.retire(); err != nil {
 		l.o.Log.Warn("the ledger's old connection could not be closed", "err", err)
 	}
+	failpoint.Hit("ledger.reopen.before")
 	if err := l.load(context.Background()); err != nil {
 		return fmt.Errorf("cannot reopen the ledger: %w", err)
 	}

@@ -17,6 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
+
+	"spectrum-os.org/broker/failpoint"
 )
 
 const (
@@ -74,9 +76,11 @@ func (s *store) open(ctx context.Context, path string, readOnly bool, now time.T
 	if err := migrate(ctx, s.writing, now); err != nil {
 		return err
 	}
+	failpoint.Hit("ledger.migrate.after")
 	if err := s.settle(ctx, path); err != nil {
 		return err
 	}
+	failpoint.Hit("ledger.settle.after")
 	if s.readers, err = connect(path, url.Values{"mode": {"ro"}}); err != nil {
 		return err
 	}
@@ -131,6 +135,7 @@ func makeFile(path string) error {
 	if err != nil {
 		return err
 	}
+	failpoint.Hit("ledger.file.made")
 	if err := errors.Join(f.Sync(), f.Close()); err != nil {
 		return err
 	}
@@ -234,6 +239,7 @@ func step(ctx context.Context, db *sql.DB, version int, now time.Time) error {
 			return err
 		}
 	}
+	failpoint.Hit("ledger.migrate.before")
 	return tx.Commit()
 }
 
@@ -258,11 +264,13 @@ func (s *store) write(records []record) (begun bool, err error) {
 		}
 	}
 	w := s.writer
+	failpoint.Hit("ledger.begin.before")
 	if _, err := w.begin.ExecContext(ctx); err != nil {
 		// A plain error is of a connection that is still in an earlier
 		// transaction; any other may pass.
 		return sqliteCode(err) == sqlite3.SQLITE_ERROR, err
 	}
+	failpoint.Hit("ledger.begin.after")
 	for rest := records; len(rest) > 0; {
 		insert, n := w.insert, 1
 		if len(rest) >= insertedAtOnce {
@@ -278,13 +286,16 @@ func (s *store) write(records []record) (begun bool, err error) {
 			_, _ = w.rollback.ExecContext(ctx)
 			return false, err
 		}
+		failpoint.Hit("ledger.insert.after")
 	}
+	failpoint.Hit("ledger.commit.before")
 	if _, err := w.commit.ExecContext(ctx); err != nil {
 		// Whether it rolled back by itself, or can, makes the outcome no
 		// better known.
 		_, _ = w.rollback.ExecContext(ctx)
 		return true, err
 	}
+	failpoint.Hit("ledger.commit.after")
 	return true, nil
 }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/google/uuid"
 
 	"spectrum-os.org/broker/broker/ledger"
+	"spectrum-os.org/broker/failpoint"
 )
 
 // cutPass records which grants have ended, and orders every withdrawal that is
@@ -78,7 +79,9 @@ func (r *Reconciler) order(a Action) {
 func (r *Reconciler) withdraw(ctx context.Context, w *withdrawal, a Action) {
 	id, vm := a.Object.ID, a.Object.VM
 	limited, cancel := context.WithTimeout(ctx, r.o.WithdrawTimeout)
+	failpoint.Hit("withdraw.before")
 	note, err := r.appliers[a.Object.Kind].Withdraw(limited, a.Object)
+	failpoint.Hit("withdraw.after")
 	cancel()
 	if err == nil {
 		r.overtake(a.Object)
@@ -221,6 +224,7 @@ func (r *Reconciler) recordGone(ctx context.Context, vm uuid.UUID) error {
 	if err := r.append(ctx, gone); err != nil {
 		return err
 	}
+	failpoint.Hit("withdraw.recorded")
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, id := range objects {

@@ -15,6 +15,7 @@ import (
 	"spectrum-os.org/broker/broker/ledger"
 	"spectrum-os.org/broker/capabilities"
 	"spectrum-os.org/broker/clock"
+	"spectrum-os.org/broker/failpoint"
 )
 
 // Applier makes the objects of one kind exist or not, and says which exist.
@@ -417,7 +418,9 @@ func (r *Reconciler) apply(ctx context.Context, a Action, state map[uuid.UUID]le
 		r.mu.Unlock()
 		return nil
 	}
+	failpoint.Hit("apply.before")
 	note, err := r.appliers[a.Object.Kind].Apply(applyCtx, a.Object)
+	failpoint.Hit("apply.after")
 	r.mu.Lock()
 	delete(r.applying, a.Object.ID)
 	r.mu.Unlock()

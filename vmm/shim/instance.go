@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"spectrum-os.org/broker/failpoint"
 	"spectrum-os.org/broker/vmm"
 )
 
@@ -100,6 +101,7 @@ func (s *server) runInstance(ctx context.Context) ending {
 	end := s.live(ctx, i, halted)
 	i.vmm.kill()
 	<-i.vmm.exited
+	failpoint.Hit("shim.vmm.ended")
 	s.mu.Lock() // no put may be accepted any more
 	if s.phase == Running {
 		s.phase = Stopping
@@ -116,6 +118,7 @@ func (s *server) runInstance(ctx context.Context) ending {
 			return ending{reason: fmt.Sprintf("cannot end what the VMM left: %v", err)}
 		}
 	}
+	failpoint.Hit("shim.vm.ended")
 	_ = events.Close()
 	readers.Wait()
 	return end
@@ -147,6 +150,7 @@ func (s *server) live(ctx context.Context, i *instance, halted <-chan vmm.EventN
 	case <-s.stopping:
 		return ending{reason: "stopped while starting"}
 	}
+	failpoint.Hit("shim.vm.booted")
 	s.update(func() { s.phase = Running })
 	s.log.Info("VM runs", "instance", i.id, "vmm", i.vmm.PID)
 	for {
@@ -235,6 +239,7 @@ func (s *server) startVMM(i *instance) (events *os.File, _ error) {
 		_ = events.Close()
 		return nil, err
 	}
+	failpoint.Hit("shim.vmm.started")
 	s.update(func() { i.vmm = c })
 	return events, nil
 }
@@ -257,6 +262,7 @@ func (s *server) bootVM(ctx context.Context, i *instance) error {
 	if err := i.api.Create(ctx, s.vmConfig()); err != nil {
 		return err
 	}
+	failpoint.Hit("shim.vm.created")
 	if err := i.api.Boot(ctx); err != nil {
 		return err
 	}

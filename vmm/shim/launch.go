@@ -10,6 +10,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"spectrum-os.org/broker/failpoint"
 )
 
 // launchArg makes the program a launcher: the process that turns into one
@@ -78,6 +80,7 @@ func launch() error {
 	if len(b) == 0 || len(b) > maxLaunchSpec {
 		return errors.New("the shim gave no order")
 	}
+	failpoint.Hit("launch.ordered")
 	var spec launchSpec
 	if err := json.Unmarshal(b, &spec); err != nil {
 		return err
@@ -112,9 +115,11 @@ func launchFS(spec *launchSpec) error {
 	if err != nil {
 		return err
 	}
+	failpoint.Hit("launch.planned")
 	if err := root.enter(); err != nil {
 		return err
 	}
+	failpoint.Hit("launch.entered")
 	if err := unix.Setgroups(nil); err != nil {
 		return fmt.Errorf("cannot drop groups: %w", err)
 	}

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"spectrum-os.org/broker/clock"
+	"spectrum-os.org/broker/failpoint"
 )
 
 const usage = "spectrum-shim is started by spectrum-broker, once for each VM; it has no use by hand\n"
@@ -77,6 +78,7 @@ func serveSpec(log *slog.Logger) error {
 			return err
 		}
 	}
+	failpoint.Hit("shim.begun")
 	self, err := selfProc()
 	if err != nil {
 		return err
@@ -109,13 +111,17 @@ func serveSpec(log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	failpoint.Hit("shim.listening")
 	if err := writeJSON(".", identName, self); err != nil {
 		return err
 	}
+	failpoint.Hit("shim.identified")
 	if err := tellReady(); err != nil {
 		return err
 	}
+	failpoint.Hit("shim.ready")
 	s.run(l)
+	failpoint.Hit("shim.leave.before")
 	return s.leave()
 }
 
@@ -161,6 +167,7 @@ func (s *server) leave() error {
 	if s.cgroup != nil {
 		errs = append(errs, s.cgroup.leave("."))
 	}
+	failpoint.Hit("shim.leave.cgroup")
 	return errors.Join(append(errs, os.RemoveAll(s.spec.RuntimeDir))...)
 }
 

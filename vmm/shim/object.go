@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"spectrum-os.org/broker/failpoint"
 	"spectrum-os.org/broker/vmm"
 )
 
@@ -108,6 +109,7 @@ func (s *server) serve(o *object, f *os.File) {
 		})
 		return err
 	})
+	failpoint.Hit("shim.fs.adding")
 	s.attach(o, add, listener)
 	s.cut(o, add)
 }
@@ -120,6 +122,7 @@ func (s *server) attach(o *object, add *call, listener *os.File) {
 		if add.err != nil {
 			return
 		}
+		failpoint.Hit("shim.fs.added")
 		s.update(func() {
 			o.phase, o.since = Attached, s.clock.Now().Wall
 			close(o.up)
@@ -181,6 +184,7 @@ func (s *server) cut(o *object, add *call) {
 	s.update(func() {
 		o.phase, o.since = Detaching, s.clock.Now().Wall
 	})
+	failpoint.Hit("shim.fs.removing")
 	crashed := o.child.hasExited() && !o.ending()
 	var late bool
 	if select2(add.done, o.instance.over, deadline.C) == timedOut {
@@ -202,6 +206,7 @@ func (s *server) cut(o *object, add *call) {
 		close(stop)
 		<-removing
 	}
+	failpoint.Hit("shim.fs.let.go")
 	killed := late && !o.child.hasExited()
 	o.child.kill()
 	<-o.child.exited
@@ -438,6 +443,7 @@ func (o *object) reason() *Error {
 // gone is the last thing that happens to an object. Whoever waits for it to be
 // up learns why it will not be.
 func (s *server) gone(o *object, err *Error, slot int) {
+	failpoint.Hit("shim.fs.gone")
 	_ = os.Remove(o.socket())
 	if err.Code == CodeRemoved || err.Code == CodeNotRunning {
 		_ = os.Remove(o.log()) // nothing failed that it could explain
@@ -473,11 +479,13 @@ func (s *server) launchFS(o *object, share *os.File) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
+	failpoint.Hit("shim.fs.listening")
 	c, err := s.launchOn(o, share, listener)
 	if err != nil {
 		_ = listener.Close()
 		return nil, err
 	}
+	failpoint.Hit("shim.fs.started")
 	s.update(func() { o.child = c })
 	return listener, nil
 }

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"spectrum-os.org/broker/failpoint"
 )
 
 // reapTimeout bounds the wait for killed processes, which end at once unless
@@ -40,6 +42,7 @@ func reap(dir string) error {
 	if err := killProcs(procs); err != nil {
 		return err
 	}
+	failpoint.Hit("reap.shim")
 	var rec records
 	if err := readJSON(dir, recordsName, &rec); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -47,10 +50,16 @@ func reap(dir string) error {
 	if err := killProcs(rec.Procs); err != nil {
 		return err
 	}
+	failpoint.Hit("reap.children")
 	if err := removeCgroup(dir); err != nil {
 		return err
 	}
-	return os.RemoveAll(dir)
+	failpoint.Hit("reap.cgroup")
+	if err := os.RemoveAll(dir); err != nil {
+		return err
+	}
+	failpoint.Hit("reap.removed")
+	return nil
 }
 
 // killProcs returns when all of them are gone.

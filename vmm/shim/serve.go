@@ -7,6 +7,8 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"spectrum-os.org/broker/failpoint"
 )
 
 // Bounds of the shim's own socket. The peer is the broker, or somebody with
@@ -72,11 +74,13 @@ func (s *server) talk(ctx context.Context, conn *net.UnixConn) {
 			return
 		}
 		rep := s.answer(ctx, packet, f)
+		failpoint.Hit("shim.reply.before")
 		_ = conn.SetWriteDeadline(time.Now().Add(requestTime))
 		if err := sendPacket(conn, rep, maxReply); err != nil {
 			s.log.Warn("cannot reply", "error", err)
 			return
 		}
+		failpoint.Hit("shim.reply.after")
 		if rep.State != nil && rep.State.Phase == Stopped {
 			s.toldOnce.Do(func() { close(s.toldEnd) })
 		}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"spectrum-os.org/broker/clock"
+	"spectrum-os.org/broker/failpoint"
 )
 
 // server is the shim: the state of its VM, and who may change it.
@@ -297,6 +298,7 @@ func (s *server) expire() (next time.Duration, any bool) {
 		}
 		left := o.spec.Deadline.Remaining(now)
 		if left == 0 {
+			failpoint.Hit("shim.deadline")
 			s.log.Info("deadline has passed", "object", o.id)
 			o.stop()
 			continue

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"spectrum-os.org/broker/clock"
+	"spectrum-os.org/broker/failpoint"
 )
 
 // spawner forks every child of the shim, from one thread that is never given
@@ -110,13 +111,16 @@ func (s *spawner) tryStart(o *launchOrder) (*child, error) {
 	if err != nil {
 		return nil, err
 	}
+	failpoint.Hit("shim.fork.after")
 	if err := s.record(c.Proc); err != nil {
 		return nil, s.abandon(c, err)
 	}
+	failpoint.Hit("shim.fork.recorded")
 	if _, err := controlW.Write(order); err != nil {
 		return nil, s.abandon(c, err)
 	}
 	_ = controlW.Close()
+	failpoint.Hit("shim.fork.ordered")
 	_ = status.SetReadDeadline(time.Now().Add(s.launch))
 	message, err := io.ReadAll(io.LimitReader(status, 4096))
 	if err == nil && len(message) > 0 {

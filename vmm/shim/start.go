@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"spectrum-os.org/broker/failpoint"
 )
 
 // StartOptions says which shim to start.
@@ -54,11 +56,14 @@ func Start(ctx context.Context, o StartOptions) (*Client, error) {
 	if err := makeRuntimeDir(dir); err != nil {
 		return nil, err
 	}
+	failpoint.Hit("shim.start.dir")
 	cg, err := createCgroup(dir, o.Spec.VM.String())
 	if err != nil {
 		log.Info("VM runs without a cgroup of its own", "vm", o.Spec.VM, "reason", err)
 	}
+	failpoint.Hit("shim.start.cgroup")
 	proc, ready, err := o.spawn(cg)
+	failpoint.Hit("shim.start.spawned")
 	if err != nil && cg != nil {
 		log.Info("VM runs without a cgroup of its own", "vm", o.Spec.VM, "reason", err)
 		if err := errors.Join(removeCgroup(dir), os.Remove(filepath.Join(dir, cgroupName))); err != nil {
@@ -183,6 +188,7 @@ func awaitBoot(ctx context.Context, dir string, ready *os.File) (*Client, error)
 	case !bytes.Equal(word, []byte(readyWord)):
 		return nil, fmt.Errorf("the shim ended at once: %s", lastLine(filepath.Join(dir, shimLogName)))
 	}
+	failpoint.Hit("shim.start.ready")
 	c, err := dial(dir)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %s", err, lastLine(filepath.Join(dir, shimLogName)))
