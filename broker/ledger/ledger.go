@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -20,6 +21,8 @@ type Options struct {
 	Clock    clock.Clock
 	Log      *slog.Logger // nil: nothing is logged
 	ReadOnly bool         // no lock, no writing; the state is that of the moment of opening
+
+	synchronous string // of SQLite, in tests that show what depends on it; empty: what durability says
 }
 
 // maxBatch is how many Updates share one commit at most.
@@ -99,10 +102,12 @@ func Open(ctx context.Context, o Options) (*Ledger, error) {
 	return l, nil
 }
 
+func (l *Ledger) synchronous() string { return cmp.Or(l.o.synchronous, durability()) }
+
 // load reads the file into a fresh state.
 func (l *Ledger) load(ctx context.Context) error {
 	now := l.o.Clock.Now()
-	s, err := openStore(ctx, l.o.Dir, l.o.ReadOnly, now.Wall)
+	s, err := openStore(ctx, l.o.Dir, l.o.ReadOnly, l.synchronous(), now.Wall)
 	if err != nil {
 		return err
 	}

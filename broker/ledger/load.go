@@ -186,7 +186,7 @@ func Verify(ctx context.Context, dir string, anchors ...Anchor) (VerifyReport, e
 	if _, err := os.Stat(filepath.Join(dir, fileName)); err != nil {
 		return VerifyReport{}, fmt.Errorf("there is no ledger to verify: %w", err)
 	}
-	s, err := openStore(ctx, dir, true, time.Time{})
+	s, err := openStore(ctx, dir, true, "", time.Time{})
 	if err != nil {
 		return VerifyReport{}, err
 	}

@@ -52,23 +52,23 @@ type store struct {
 
 // openStore opens the file, and makes it where it is missing, with its first
 // event.
-func openStore(ctx context.Context, dir string, readOnly bool, now time.Time) (*store, error) {
+func openStore(ctx context.Context, dir string, readOnly bool, synchronous string, now time.Time) (*store, error) {
 	path := filepath.Join(dir, fileName)
 	s := &store{}
-	if err := s.open(ctx, path, readOnly, now); err != nil {
+	if err := s.open(ctx, path, readOnly, synchronous, now); err != nil {
 		return nil, errors.Join(fmt.Errorf("cannot open the ledger: %w", err), s.close())
 	}
 	return s, nil
 }
 
-func (s *store) open(ctx context.Context, path string, readOnly bool, now time.Time) (err error) {
+func (s *store) open(ctx context.Context, path string, readOnly bool, synchronous string, now time.Time) (err error) {
 	if readOnly {
 		return s.openReadOnly(ctx, path)
 	}
 	if err := makeFile(path); err != nil {
 		return err
 	}
-	pragmas := []string{"journal_mode(WAL)", "synchronous(FULL)", "cache_size(-2048)"}
+	pragmas := []string{"journal_mode(WAL)", "synchronous(" + synchronous + ")", "cache_size(-2048)"}
 	if s.writing, err = connect(path, url.Values{"_txlock": {"immediate"}}, pragmas...); err != nil {
 		return err
 	}

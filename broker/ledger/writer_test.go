@@ -27,6 +27,9 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv(childDir); dir != "" {
 		writeUntilKilled(dir)
 	}
+	if story := os.Getenv(childStory); story != "" {
+		tellStory(story)
+	}
 	os.Exit(m.Run())
 }
 

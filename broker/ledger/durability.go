@@ -1,0 +1,7 @@
+//go:build !failpoints
+
+package ledger
+
+// durability is SQLite's synchronous: what Update returned survives a power
+// cut.
+func durability() string { return "FULL" }
