@@ -25,7 +25,6 @@ type Disk struct {
 
 	changes  int // that were asked for
 	stopAt   int // the change at which the power goes; 0: never
-	stopLate bool
 	off      bool
 	gone     chan struct{} // closed when the power is
 	released chan struct{} // closed when those who wait for an answer may go
@@ -125,15 +124,10 @@ func (d *Disk) do(op Op, id uint64, name string, run func(n *node, hit *Fault) s
 	}
 	d.changes++
 	d.note(op, name)
-	stop := d.changes == d.stopAt
-	if stop && !d.stopLate {
+	if d.changes == d.stopAt {
 		return d.stop()
 	}
-	errno := d.change(op, n, name, run)
-	if stop {
-		return d.stop()
-	}
-	return errno
+	return d.change(op, n, name, run)
 }
 
 func (d *Disk) change(op Op, n *node, name string, run func(*node, *Fault) syscall.Errno) syscall.Errno {
@@ -187,12 +181,11 @@ func (d *Disk) Recent() string {
 	return strings.Join(d.recent, "; ")
 }
 
-// StopAt turns the power off at the nth change from now on: before it, or late,
-// when it was made and nobody was told.
-func (d *Disk) StopAt(n int, late bool) {
+// StopAt turns the power off at the nth change from now on, before it is made.
+func (d *Disk) StopAt(n int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.stopAt, d.stopLate = d.changes+n, late
+	d.stopAt = d.changes + n
 }
 
 // PowerOff turns the power off now. Whoever asks for anything waits.
