@@ -422,7 +422,7 @@ func newRequest(g *GrantRecord) (*request, error) {
 		}
 	}
 	if d := g.Deadline; !d.IsZero() {
-		if d.Wall.Year() < 1970 || d.Wall.Year() > 2261 || d.Boot < 0 {
+		if !storable(d) {
 			return nil, fmt.Errorf("%w: a deadline at %v", ErrInvalidEvent, d.Wall)
 		}
 		r.hasDeadline, r.wall, r.bootID, r.boot = true, d.Wall.UnixNano(), []byte(d.BootID), uint64(d.Boot)

@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"iter"
 	"math"
 	"time"
 
@@ -14,10 +15,12 @@ func remaining(n *node, now capabilities.Instant) time.Duration { return n.deadl
 
 // deadlines orders the grants that have a deadline: by wall time, and those
 // of the present boot by boot time too, since either clock may be the one
-// that ends a lease. Grants that ended are dropped when they surface.
+// that ends a lease. What a renewal left behind, and grants that ended, are
+// dropped when they surface.
 type deadlines struct {
 	bootID     string
 	wall, boot deadlineHeap
+	stale      int // entries that renewals left behind, at most
 }
 
 // deadlineHeap is a binary heap, the earliest first.
@@ -38,12 +41,50 @@ func (d *deadlines) add(i int32, n *node) {
 	}
 }
 
-// prune keeps the earliest of each heap one that still runs.
+// moved adds the new deadline of a grant that is in the heaps already.
+func (d *deadlines) moved(i int32, n *node) {
+	d.stale += 2
+	d.add(i, n)
+}
+
+// holds tells whether an entry of the wall or of the boot heap still says when
+// a lease ends, as the layer sees it.
+func (d *deadlines) holds(l *layer, boot bool, t timed) bool {
+	n := l.get(t.node)
+	if n.stateName().Ended() || !n.about.hasDeadline {
+		return false
+	}
+	if boot {
+		return n.about.bootID == d.bootID && n.boot == t.at
+	}
+	return n.wall == t.at
+}
+
+// prune keeps the earliest of each heap one that still runs, and what renewals
+// left behind less than what counts.
 func (d *deadlines) prune(l *layer) {
-	for _, h := range []*deadlineHeap{&d.wall, &d.boot} {
-		for len(*h) > 0 && l.get((*h)[0].node).stateName().Ended() {
+	const few = 1024
+	sweep := d.stale > few && d.stale > (len(d.wall)+len(d.boot))/2
+	for _, heap := range []struct {
+		h    *deadlineHeap
+		boot bool
+	}{{&d.wall, false}, {&d.boot, true}} {
+		h := heap.h
+		if sweep {
+			all := *h
+			*h = nil
+			for _, t := range all {
+				if d.holds(l, heap.boot, t) {
+					h.push(t)
+				}
+			}
+		}
+		for len(*h) > 0 && !d.holds(l, heap.boot, (*h)[0]) {
 			h.pop()
 		}
+	}
+	if sweep {
+		d.stale = 0
 	}
 }
 
@@ -96,6 +137,24 @@ func (h deadlineHeap) until(at int64, fn func(i int32) bool) {
 	}
 }
 
+// first is the earliest entry that counts.
+func (h deadlineHeap) first(counts func(timed) bool) (node int32, ok bool) {
+	best := int64(math.MaxInt64)
+	stack := []int{0}
+	for len(stack) > 0 {
+		k := stack[len(stack)-1]
+		stack = stack[:len(stack)-1]
+		switch {
+		case k >= len(h) || ok && h[k].at >= best:
+		case counts(h[k]):
+			node, best, ok = h[k].node, h[k].at, true
+		default:
+			stack = append(stack, 2*k+1, 2*k+2)
+		}
+	}
+	return node, ok
+}
+
 // committed is the bottom layer and how many nodes it has.
 func (l *layer) committed() *layer {
 	for l.below != nil {
@@ -107,26 +166,71 @@ func (l *layer) committed() *layer {
 // Due are grants that passed their deadline and are neither revoking nor
 // ended, at most limit of them; 0 means all.
 func (s *State) Due(now capabilities.Instant, limit int) []uuid.UUID {
-	now = s.Effective(now)
-	root := s.l.committed()
 	var out []uuid.UUID
 	seen := map[int32]bool{}
-	take := func(i int32) bool {
-		n := s.l.get(i)
-		if !seen[i] && !n.stateName().Ended() && remaining(n, now) == 0 && n.about.hasDeadline {
+	s.due(now, func(i int32, n *node) bool {
+		if !seen[i] {
 			seen[i] = true
 			out = append(out, n.id)
 		}
 		return limit <= 0 || len(out) < limit
+	})
+	return out
+}
+
+// DueHolders are the holders of all grants that Due are. What derives from a
+// grant never outlives it, so that the holders of all that ends with it are
+// among them.
+func (s *State) DueHolders(now capabilities.Instant) map[uuid.UUID]struct{} {
+	var out map[uuid.UUID]struct{}
+	s.due(now, func(_ int32, n *node) bool {
+		setKey(&out, n.about.holder, struct{}{})
+		return true
+	})
+	return out
+}
+
+// due calls fn for every grant that is due, for some of them twice, until it
+// says no.
+func (s *State) due(now capabilities.Instant, fn func(i int32, n *node) bool) {
+	now = s.Effective(now)
+	root := s.l.committed()
+	more := true
+	take := func(i int32) bool {
+		n := s.l.get(i)
+		if n.about.hasDeadline && !n.stateName().Ended() && remaining(n, now) == 0 {
+			more = fn(i, n)
+		}
+		return more
 	}
 	root.due.wall.until(now.Wall.UnixNano(), take)
-	if (limit <= 0 || len(out) < limit) && now.BootID == root.due.bootID {
+	if more && now.BootID == root.due.bootID {
 		root.due.boot.until(int64(now.Boot), take)
 	}
-	for i := root.len(); i < s.l.len() && (limit <= 0 || len(out) < limit); i++ {
+	for i := range s.l.unmerged(root) {
+		if !more {
+			return
+		}
 		take(i)
 	}
-	return out
+}
+
+// unmerged are the grants that layers above the bottom one made or changed.
+func (l *layer) unmerged(root *layer) iter.Seq[int32] {
+	return func(yield func(int32) bool) {
+		for i := root.len(); i < l.len(); i++ {
+			if !yield(i) {
+				return
+			}
+		}
+		for ; l != root; l = l.below {
+			for i := range l.changed {
+				if !yield(i) {
+					return
+				}
+			}
+		}
+	}
 }
 
 // NextDeadline is how long it is until the next grant that has not ended
@@ -142,12 +246,16 @@ func (s *State) NextDeadline(now capabilities.Instant) (time.Duration, bool) {
 			next, found = min(next, remaining(n, now)), true
 		}
 	}
-	for _, h := range []deadlineHeap{root.due.wall, root.due.boot} {
-		if len(h) > 0 {
-			look(h[0].node)
+	for _, heap := range []struct {
+		h    deadlineHeap
+		boot bool
+	}{{root.due.wall, false}, {root.due.boot, true}} {
+		if i, ok := heap.h.first(func(t timed) bool { return root.due.holds(s.l, heap.boot, t) }); ok {
+			look(i)
 		}
 	}
-	for i := root.len(); i < s.l.len(); i++ {
+	// What this Update made or renewed is in no heap yet.
+	for i := range s.l.unmerged(root) {
 		look(i)
 	}
 	return next, found

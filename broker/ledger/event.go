@@ -25,6 +25,7 @@ const (
 	GrantFailed    EventType = "grant.failed"    // Grant; Change
 	GrantRevoking  EventType = "grant.revoking"  // Grant; Change
 	GrantRevoked   EventType = "grant.revoked"   // Grant; Change
+	GrantRenewed   EventType = "grant.renewed"   // Grant; RenewData: not a move, its deadline is later from here on
 	GrantDegraded  EventType = "grant.degraded"  // Grant; Change: not a move, the reason is kept beside the state
 
 	TokenIssued  EventType = "token.issued"  // Grant; a person was handed its token

@@ -55,6 +55,8 @@ func (f *folder) step(l *layer, e *entry) error {
 		return f.requested(l, e)
 	case GrantActive, GrantFailed, GrantRevoking, GrantRevoked, GrantDegraded:
 		return f.moved(l, e)
+	case GrantRenewed:
+		return f.renewed(l, e)
 	case VMBound:
 		return f.bound(l, e)
 	case VMStarted, VMExited:

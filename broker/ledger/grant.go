@@ -23,6 +23,7 @@ type Grant struct {
 	Generation      uint64 // rises whenever what should exist changes
 	Created         time.Time
 	Deadline        capabilities.Deadline
+	Renewed         time.Time // when its deadline was last moved; zero: never
 	Limits          Limits
 	Persist         bool
 	Declared        bool

@@ -21,6 +21,7 @@ func buildEventKinds() map[string]*eventKind {
 		{name: GrantFailed, grant: true},
 		{name: GrantRevoking, grant: true},
 		{name: GrantRevoked, grant: true},
+		{name: GrantRenewed, grant: true},
 		{name: GrantDegraded, grant: true},
 		{name: TokenIssued, grant: true},
 		{name: TokenRefused},

@@ -55,6 +55,7 @@ type actor struct {
 // changed, since layers share it.
 type note struct {
 	reason, degraded, instance string
+	renewed                    int64 // nanoseconds since 1970; 0: never
 }
 
 // storedCapability is a capability as it was recorded. It is decoded when it
@@ -445,7 +446,12 @@ func (l *layer) place(i int32, n node) {
 func (l *layer) merge() {
 	to := l.below
 	for i, n := range l.changed {
-		*to.mut(i) = *n
+		old := to.mut(i)
+		renewed := to.due != nil && old.deadline() != n.deadline()
+		*old = *n
+		if renewed {
+			to.due.moved(i, old)
+		}
 	}
 	for i := range l.table.n {
 		to.place(l.base+i, *l.table.at(i))

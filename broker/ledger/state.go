@@ -24,7 +24,7 @@ func (s *State) grant(i int32) Grant {
 		ID: n.id, Holder: a.holder, HolderPartition: a.partition, Instance: n.instance(), Depth: int(n.depth),
 		Capability: n.capability.decode(s.kinds), Label: n.label, State: n.stateName(), Generation: uint64(n.generation),
 		Created: nanoTime(n.created), Deadline: n.deadline(), Persist: a.persist, Declared: a.declared,
-		Actor: a.actor.public(), Seq: n.seq,
+		Actor: a.actor.public(), Seq: n.seq, Renewed: n.renewedAt(),
 	}
 	if n.parent != none {
 		g.Parent = s.l.get(n.parent).id

@@ -75,6 +75,11 @@ func (tx *Tx) fill(n *entry) error {
 	if n.Type == GrantRequested {
 		return tx.fillRequest(n)
 	}
+	if n.Type == GrantRenewed {
+		if err := tx.checkRenewal(n); err != nil {
+			return err
+		}
+	}
 	if i, ok := tx.layer.find(n.Grant); ok && n.VM == uuid.Nil {
 		about := tx.layer.get(i).about
 		n.VM, n.Partition = about.holder, about.partition
