@@ -40,6 +40,11 @@ func NewDeadline(now Instant, ttl time.Duration) Deadline {
 // IsZero tells whether there is no end.
 func (d Deadline) IsZero() bool { return d.Wall.IsZero() && d.BootID == "" && d.Boot == 0 }
 
+// Equal tells whether two deadlines are the same on both clocks.
+func (d Deadline) Equal(e Deadline) bool {
+	return d.Wall.Equal(e.Wall) && d.BootID == e.BootID && d.Boot == e.Boot
+}
+
 // Passed tells whether the lease is over: at the deadline it is.
 func (d Deadline) Passed(now Instant) bool { return d.Remaining(now) == 0 }
 

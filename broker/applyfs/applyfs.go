@@ -39,6 +39,7 @@ type Shim interface {
 	State(ctx context.Context) (shim.State, error)
 	Put(ctx context.Context, o shim.Object, f *os.File) (shim.ObjectState, error)
 	Remove(ctx context.Context, id string, generation uint64) (shim.ObjectState, error)
+	Extend(ctx context.Context, e shim.Extension) (shim.ObjectState, error)
 }
 
 // Agent mounts shares inside a VM.
@@ -111,7 +112,7 @@ func (a *Applier) Observe(ctx context.Context, vm uuid.UUID) ([]reconcile.Observ
 	for _, o := range state.Objects {
 		out = append(out, reconcile.Observed{
 			ID: o.ID, Kind: Kind, VM: vm, Instance: state.Instance, Generation: o.Generation,
-			Presence: presence(o), Detail: detail(o),
+			Presence: presence(o), Deadline: o.Deadline, Detail: detail(o),
 		})
 	}
 	return out, nil

@@ -122,14 +122,47 @@ func (s *fakeShim) failure(ctx context.Context) error {
 }
 
 func (o *fakeObject) state() shim.ObjectState {
-	st := shim.ObjectState{ID: o.spec.ID, Generation: o.spec.Generation, Phase: o.phase, Tag: o.spec.Tag, SingleFile: o.spec.SingleFile != "", Killed: o.killed}
+	st := shim.ObjectState{ID: o.spec.ID, Generation: o.spec.Generation, Phase: o.phase, Tag: o.spec.Tag, Deadline: o.spec.Deadline, SingleFile: o.spec.SingleFile != "", Killed: o.killed}
 	if o.err != nil && o.err.Code != shim.CodeRemoved {
 		st.Error = o.err.Message
 	}
 	return st
 }
 
+func (o *fakeObject) ending() bool {
+	select {
+	case <-o.end:
+		return true
+	default:
+		return o.phase == shim.Detaching || o.phase == shim.Gone
+	}
+}
+
 func (o *fakeObject) stop() { o.once.Do(func() { close(o.end) }) }
+
+func (s *fakeShim) Extend(ctx context.Context, e shim.Extension) (shim.ObjectState, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.failure(ctx); err != nil {
+		return shim.ObjectState{}, err
+	}
+	o := s.objects[e.ID]
+	switch {
+	case s.phase != shim.Running:
+		return shim.ObjectState{}, refuse(shim.CodeNotRunning, "the VM is %s", s.phase)
+	case e.Instance != s.instance:
+		return shim.ObjectState{}, refuse(shim.CodeWrongInstance, "another run")
+	case o == nil || o.ending():
+		return shim.ObjectState{}, refuse(shim.CodeRemoved, "%s has ended", e.ID)
+	case e.Generation <= s.buried[e.ID] || e.Generation < o.spec.Generation,
+		e.Generation == o.spec.Generation && !e.Deadline.Equal(o.spec.Deadline):
+		return shim.ObjectState{}, refuse(shim.CodeStaleGeneration, "generation %d of %s is older than %d", e.Generation, e.ID, o.spec.Generation)
+	case e.Deadline.Passed(clock.System{}.Now()):
+		return shim.ObjectState{}, refuse(shim.CodeExpired, "the deadline of %s has passed", e.ID)
+	}
+	o.spec.Generation, o.spec.Deadline = e.Generation, e.Deadline
+	return o.state(), nil
+}
 
 func (s *fakeShim) Put(ctx context.Context, spec shim.Object, f *os.File) (shim.ObjectState, error) {
 	for {
@@ -199,12 +232,7 @@ func (s *fakeShim) accept(spec shim.Object, f *os.File) (*fakeObject, <-chan str
 }
 
 func (s *fakeShim) again(o *fakeObject, spec shim.Object, st *unix.Stat_t) (*fakeObject, <-chan struct{}, error) {
-	ending := o.phase == shim.Detaching || o.phase == shim.Gone
-	select {
-	case <-o.end:
-		ending = true
-	default:
-	}
+	ending := o.ending()
 	switch {
 	case o.killed:
 		return nil, nil, refuse(shim.CodeRetired, "%s was killed in this instance of the VM", spec.ID)

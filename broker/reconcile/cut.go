@@ -45,6 +45,7 @@ func (r *Reconciler) cutPass(ctx context.Context, vm uuid.UUID) error {
 			r.order(a)
 		}
 	}
+	r.extendAll(v.plan)
 	return errors.Join(unrecorded, r.recordGone(ctx, vm))
 }
 

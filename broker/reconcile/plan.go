@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -58,6 +59,9 @@ type Observed struct {
 	Instance   string
 	Generation uint64
 	Presence   Presence
+	// Deadline is when it will end by itself, where the applier moves
+	// deadlines.
+	Deadline capabilities.Deadline
 	// Detail says what is unusual about the object, for people.
 	Detail string
 }
@@ -68,6 +72,8 @@ type Verb string
 const (
 	Withdraw Verb = "withdraw"
 	Apply    Verb = "apply"
+	// Extend moves the deadline of an object that stays as it is.
+	Extend Verb = "extend"
 )
 
 // Action is one step of a plan.
@@ -140,7 +146,8 @@ func later(a, b capabilities.Deadline) capabilities.Deadline {
 }
 
 // Plan returns what must be done so that observed becomes desired: every
-// withdrawal first, then the applications, each sorted by object id.
+// withdrawal first, then the extensions, then the applications, each sorted by
+// object id.
 //
 // ending are the objects of grants that have ended and are not yet known to be
 // gone. They are withdrawn even where nothing of them is observed: an
@@ -155,7 +162,7 @@ func Plan(desired, ending []Object, observed []Observed, instances map[uuid.UUID
 		want[o.ID] = o
 	}
 	have := make(map[string]Observed, len(observed))
-	var withdraw, apply []Action
+	var withdraw, extend, apply []Action
 	ends := map[string]bool{}
 	for _, o := range ending {
 		if _, ok := want[o.ID]; !ok && !ends[o.ID] {
@@ -194,12 +201,22 @@ func Plan(desired, ending []Object, observed []Observed, instances map[uuid.UUID
 		case o.Presence == Gone && o.Generation >= w.Generation:
 			// It was lost. Its grants end; a guest is never given a device
 			// back that it had and lost.
+		case o.Generation < w.Generation && o.Presence != Gone && !o.Deadline.Equal(w.Deadline):
+			extend = append(extend, Action{Extend, w, "its lease was renewed" + until(w.Deadline)})
 		case o.Generation < w.Generation:
 			apply = append(apply, Action{Apply, w, fmt.Sprintf("generation %d replaces %d", w.Generation, o.Generation)})
 		}
 	}
 	byID := func(a, b Action) int { return cmp.Compare(a.Object.ID, b.Object.ID) }
 	slices.SortFunc(withdraw, byID)
+	slices.SortFunc(extend, byID)
 	slices.SortFunc(apply, byID)
-	return append(withdraw, apply...)
+	return slices.Concat(withdraw, extend, apply)
+}
+
+func until(d capabilities.Deadline) string {
+	if d.IsZero() {
+		return " without an end"
+	}
+	return " until " + d.Wall.UTC().Format(time.RFC3339)
 }

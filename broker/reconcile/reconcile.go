@@ -97,13 +97,14 @@ type Reconciler struct {
 	stop     context.CancelFunc
 	wg       sync.WaitGroup
 
-	mu       sync.Mutex
-	vms      map[uuid.UUID]*lanes
-	failures map[uuid.UUID]error
-	missed   map[string]bool   // objects that are there and that no agent took up
-	caughtUp map[string]bool   // objects that an agent took up later than their grants say
-	seen     map[string]string // the run in which an object was last there
-	applying map[string]application
+	mu        sync.Mutex
+	vms       map[uuid.UUID]*lanes
+	failures  map[uuid.UUID]error
+	missed    map[string]bool   // objects that are there and that no agent took up
+	caughtUp  map[string]bool   // objects that an agent took up later than their grants say
+	seen      map[string]string // the run in which an object was last there
+	applying  map[string]application
+	extending map[string]uint64 // the generations that are being told to objects
 	// By object id: withdrawals under way, the pause after the next failure of
 	// one, and the generations that were withdrawn of objects whose grants are
 	// not yet on record as revoked.
@@ -139,6 +140,7 @@ func New(o Options) *Reconciler {
 	r := &Reconciler{
 		o: o, kinds: map[string]Kind{}, appliers: map[string]Applier{},
 		vms: map[uuid.UUID]*lanes{}, failures: map[uuid.UUID]error{}, missed: map[string]bool{}, caughtUp: map[string]bool{}, seen: map[string]string{}, applying: map[string]application{},
+		extending:   map[string]uint64{},
 		withdrawing: map[string]*withdrawal{}, pauses: map[string]time.Duration{}, cut: map[string]cutObject{},
 		barred: map[uuid.UUID]bool{},
 	}

@@ -110,6 +110,9 @@ func (s *server) answer(ctx context.Context, packet []byte, f *os.File) *reply {
 	case opRemove:
 		st, err := s.remove(ctx, r.ID, r.Generation)
 		return objectReply(st, err)
+	case opExtend:
+		st, err := s.extend(r)
+		return objectReply(st, err)
 	case opWatch:
 		return stateReply(s.watch(ctx, r.Seen))
 	case opStop:

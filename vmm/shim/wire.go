@@ -137,17 +137,20 @@ const (
 	opWatch  = "watch"
 	opPut    = "put"
 	opRemove = "remove"
+	opExtend = "extend"
 	opStop   = "stop"
 )
 
 // request is one packet from the broker. A put carries one descriptor.
 type request struct {
-	Op         string  `json:"op"`
-	Object     *Object `json:"object,omitempty"`
-	ID         string  `json:"id,omitempty"`
-	Generation uint64  `json:"generation,omitempty"`
-	Seen       uint64  `json:"seen,omitempty"`
-	GraceMS    int64   `json:"grace_ms,omitempty"`
+	Op         string                `json:"op"`
+	Object     *Object               `json:"object,omitempty"`
+	ID         string                `json:"id,omitempty"`
+	Generation uint64                `json:"generation,omitempty"`
+	Instance   string                `json:"instance,omitempty"`
+	Deadline   capabilities.Deadline `json:"deadline,omitzero"`
+	Seen       uint64                `json:"seen,omitempty"`
+	GraceMS    int64                 `json:"grace_ms,omitempty"`
 }
 
 // reply is the one packet that answers it.
@@ -178,6 +181,10 @@ func decodeRequest(packet []byte) (*request, error) {
 		}
 	case opRemove:
 		if err := checkID(r.ID); err != nil {
+			return nil, err
+		}
+	case opExtend:
+		if err := r.checkExtension(); err != nil {
 			return nil, err
 		}
 	case opStop:

@@ -35,6 +35,8 @@ func TestDecodeRequest(t *testing.T) {
 		`{"op":"remove"}`:                      "object id",
 		`{"op":"remove","id":"../x"}`:          "is not of",
 		`{"op":"remove","id":"A"}`:             "is not of",
+		`{"op":"extend","id":"a"}`:             "no generation",
+		`{"op":"extend","generation":1}`:       "object id",
 		`{"op":"stop","grace_ms":-1}`:          "grace",
 		`{"op":"stop","grace_ms":99999999999}`: "grace",
 

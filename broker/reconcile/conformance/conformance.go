@@ -21,6 +21,7 @@ import (
 	"github.com/google/uuid"
 
 	"spectrum-os.org/broker/broker/reconcile"
+	"spectrum-os.org/broker/capabilities"
 )
 
 // Thing is something in the world that gives a VM access.
@@ -86,6 +87,9 @@ func Run(t *testing.T, make func(t *testing.T) Harness) {
 		{"ObserveTellsOneVM", observeTellsOneVM},
 		{"AnotherRun", anotherRun},
 		{"StoppedVM", stoppedVM},
+		{"Extend", extend},
+		{"ExtendOlder", extendOlder},
+		{"ExtendWhatHasEnded", extendWhatHasEnded},
 	} {
 		t.Run(law.name, func(t *testing.T) {
 			h := make(t)
@@ -150,7 +154,7 @@ func (r *rig) only(want ...reconcile.Object) {
 	seen := r.observe()
 	for _, o := range want {
 		got, ok := seen[o.ID]
-		got.Detail = ""
+		got.Detail, got.Deadline = "", capabilities.Deadline{}
 		is := reconcile.Observed{
 			ID: o.ID, Kind: r.a.Kind(), VM: o.VM, Instance: o.Instance, Generation: o.Generation, Presence: reconcile.Present,
 		}
