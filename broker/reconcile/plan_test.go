@@ -64,6 +64,8 @@ func TestPlanCases(t *testing.T) {
 	ended.Generation = 3
 	expired := object
 	expired.Deadline = capabilities.Deadline{Wall: now.Wall.Add(-time.Second)}
+	leased := object
+	leased.Deadline = capabilities.Deadline{Wall: now.Wall.Add(time.Hour)}
 	otherRun := object
 	otherRun.Instance = "run-0"
 	for _, c := range []struct {
@@ -77,6 +79,11 @@ func TestPlanCases(t *testing.T) {
 		{"missing is applied", []Object{object}, nil, nil, running, "apply o"},
 		{"present is left alone", []Object{object}, nil, []Observed{seen}, running, ""},
 		{"older is applied again", []Object{object}, nil, []Observed{with(seen, func(o *Observed) { o.Generation = 1 })}, running, "apply o"},
+		{"renewed is extended", []Object{leased}, nil, []Observed{with(seen, func(o *Observed) { o.Generation = 1 })}, running, "extend o"},
+		{"renewed without an end is extended", []Object{object}, nil, []Observed{with(seen, func(o *Observed) { o.Generation, o.Deadline = 1, leased.Deadline })}, running, "extend o"},
+		{"renewed is extended while it arrives", []Object{leased}, nil, []Observed{with(seen, func(o *Observed) { o.Generation, o.Presence = 1, Arriving })}, running, "extend o"},
+		{"renewed and leaving is waited for", []Object{leased}, nil, []Observed{with(seen, func(o *Observed) { o.Generation, o.Presence = 1, Leaving })}, running, ""},
+		{"another deadline of the same generation is left alone", []Object{leased}, nil, []Observed{seen}, running, ""},
 		{"orphan is withdrawn", nil, nil, []Observed{seen}, running, "withdraw o"},
 		{"what a guest lost is not given back", []Object{object}, nil, []Observed{with(seen, func(o *Observed) { o.Presence = Gone })}, running, ""},
 		{"leaving is waited for", []Object{object}, nil, []Observed{with(seen, func(o *Observed) { o.Presence = Leaving })}, running, ""},
@@ -151,18 +158,22 @@ func TestPlanLaws(t *testing.T) {
 		if fmt.Sprint(plan) != fmt.Sprint(again) {
 			t.Fatalf("the order of the input shows:\n%v\n%v", plan, again)
 		}
-		applying := false
+		order := []Verb{Withdraw, Extend, Apply}
+		if !slices.IsSortedFunc(plan, func(a, b Action) int { return slices.Index(order, a.Verb) - slices.Index(order, b.Verb) }) {
+			t.Fatalf("not first what is withdrawn, then what is extended, then what is applied: %v", plan)
+		}
 		for _, a := range plan {
-			if a.Verb == Apply {
-				applying = true
-			} else if applying {
-				t.Fatalf("a withdrawal comes after an application: %v", plan)
+			there := slices.ContainsFunc(w.observed, func(o Observed) bool {
+				return o.ID == a.Object.ID && (o.Presence == Present || o.Presence == Arriving) && o.Generation < a.Object.Generation
+			})
+			if a.Verb == Extend && !there {
+				t.Fatalf("%s, which is not there in an older generation", a)
 			}
 			wanted := slices.ContainsFunc(w.desired, func(o Object) bool { return o.ID == a.Object.ID && !o.Deadline.Passed(now) })
-			if wanted != (a.Verb == Apply) {
+			if wanted != (a.Verb != Withdraw) {
 				t.Fatalf("%s, although wanted is %v", a, wanted)
 			}
-			if _, running := w.running[a.Object.VM]; a.Verb == Apply && !running {
+			if _, running := w.running[a.Object.VM]; a.Verb != Withdraw && !running {
 				t.Fatalf("%s on a VM that does not run", a)
 			}
 		}
@@ -182,8 +193,8 @@ func TestPlanLaws(t *testing.T) {
 			}
 		}
 		for _, a := range plan {
-			if a.Verb == Apply {
-				after = append(after, Observed{ID: a.Object.ID, Kind: a.Object.Kind, VM: a.Object.VM, Generation: a.Object.Generation, Presence: Present})
+			if a.Verb != Withdraw {
+				after = append(after, Observed{ID: a.Object.ID, Kind: a.Object.Kind, VM: a.Object.VM, Generation: a.Object.Generation, Presence: Present, Deadline: a.Object.Deadline})
 			}
 		}
 		if rest := Plan(w.desired, nil, after, w.running, now); len(rest) != 0 {
