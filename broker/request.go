@@ -35,6 +35,7 @@ type request struct {
 	persist    bool
 	declared   bool
 	parent     *ledger.Grant
+	renews     uuid.UUID // the grant whose deadline it is to move
 	// run is the run of the holder that the request is for. Empty: the one that
 	// it is in when the request is looked at.
 	run string
@@ -406,6 +407,9 @@ type deniedData struct {
 // be recorded is one all the same.
 func (b *Broker) recordDenial(ctx context.Context, d decided, refusal error) error {
 	data := deniedData{Action: d.action, Capability: d.request.capability, Spelling: b.spoken(d.request.capability), TTLSeconds: d.request.ttl, Reason: clip(refusal.Error())}
+	if d.renews != uuid.Nil {
+		data.Action = actionRenew
+	}
 	if len(d.verdict.Answers) > 0 {
 		v := recordedVerdict(d.verdict)
 		data.Decision = &v
@@ -413,7 +417,7 @@ func (b *Broker) recordDenial(ctx context.Context, d decided, refusal error) err
 	_, err := b.ledger.Update(context.WithoutCancel(ctx), func(tx *ledger.Tx) error {
 		partition, _ := tx.State().Binding(d.holder)
 		return tx.Append(ledger.Event{
-			Type: ledger.GrantDenied, Actor: d.actor, VM: d.holder, Partition: partition, Data: ledger.JSON(data),
+			Type: ledger.GrantDenied, Actor: d.actor, Grant: d.renews, VM: d.holder, Partition: partition, Data: ledger.JSON(data),
 		})
 	})
 	if err != nil {

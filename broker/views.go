@@ -104,6 +104,9 @@ func (b *Broker) grantView(g ledger.Grant) api.Grant {
 	if !g.Deadline.IsZero() {
 		o.Expires = &g.Deadline.Wall
 	}
+	if !g.Renewed.IsZero() {
+		o.Renewed = &g.Renewed
+	}
 	if len(g.Decision) > 0 {
 		var d recordedDecision
 		if json.Unmarshal(g.Decision, &d) == nil {

@@ -304,6 +304,24 @@ func (f *fake) Revoke(_ context.Context, by api.Caller, r api.RevokeRequest) (re
 	return res, nil
 }
 
+func (f *fake) Renew(_ context.Context, by api.Caller, ref string, r api.RenewRequest) (api.Grant, error) {
+	err := f.enter("Renew", by)
+	defer f.mu.Unlock()
+	if err != nil {
+		return api.Grant{}, err
+	}
+	g, err := f.findGrant(ref)
+	if err != nil {
+		return api.Grant{}, err
+	}
+	until, at := epoch, epoch
+	if r.TTLSeconds != nil {
+		until = epoch.Add(time.Duration(*r.TTLSeconds) * time.Second)
+	}
+	g.Expires, g.Renewed = &until, &at
+	return *g, nil
+}
+
 func (f *fake) Token(_ context.Context, by api.Caller, ref string) (api.Token, error) {
 	err := f.enter("Token", by)
 	defer f.mu.Unlock()

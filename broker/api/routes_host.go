@@ -24,6 +24,7 @@ func (h *HostHandler) table() []route {
 		{method: post, path: "/v1/grants", rule: RulePersonRecorded, body: needBody, handle: h.grant},
 		{method: get, path: "/v1/grants", rule: RulePerson, query: []string{"vm", "resource", "partition", "state", "all"}, handle: h.listGrants},
 		{method: get, path: "/v1/grants/{ref}", rule: RulePerson, handle: h.showGrant},
+		{method: post, path: "/v1/grants/{ref}/renew", rule: RulePersonRecorded, body: optionalBody, handle: h.renew},
 		{method: post, path: "/v1/grants/{ref}/token", rule: RulePersonRecorded, handle: h.token},
 		{method: post, path: "/v1/revocations", rule: RulePersonRecorded, body: needBody, handle: h.revoke},
 		{method: post, path: "/v1/decisions", rule: RulePersonRecorded, body: needBody, handle: h.explain},

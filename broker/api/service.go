@@ -41,6 +41,8 @@ type Service interface {
 	Grant(ctx context.Context, by Caller, req GrantRequest) (Grant, error)
 	ListGrants(ctx context.Context, f GrantFilter) ([]Grant, error)
 	ShowGrant(ctx context.Context, ref string) (Grant, error)
+	// Renew gives a live grant a later deadline, or refuses and changes nothing.
+	Renew(ctx context.Context, by Caller, ref string, req RenewRequest) (Grant, error)
 	Revoke(ctx context.Context, by Caller, req RevokeRequest) (RevokeResult, error)
 	Token(ctx context.Context, by Caller, ref string) (Token, error)
 	Explain(ctx context.Context, by Caller, req GrantRequest) (Explanation, error)

@@ -121,6 +121,18 @@ type GrantRequest struct {
 	TimeoutSeconds float64 `json:"timeout_seconds,omitempty"` // zero: the broker's default
 }
 
+// RenewRequest moves the deadline of a grant.
+type RenewRequest struct {
+	TTLSeconds *int64 `json:"ttl_seconds,omitempty"` // from now; nil: as long as it was last given for
+	// AcceptNarrower takes what policy, and the deadline of the grant's
+	// parent, leave of the lifetime.
+	AcceptNarrower bool `json:"accept_narrower,omitempty"`
+	// Wait answers only when what serves the grant in its VM knows, or the
+	// timeout is over; otherwise as soon as the renewal is durable.
+	Wait           bool    `json:"wait,omitempty"`
+	TimeoutSeconds float64 `json:"timeout_seconds,omitempty"` // zero: the broker's default
+}
+
 // GrantFilter selects grants. Zero fields select everything.
 type GrantFilter struct {
 	VM        string       // any reference to a VM
@@ -154,6 +166,7 @@ type Grant struct {
 	Generation    uint64     `json:"generation"`
 	Created       time.Time  `json:"created"`
 	Expires       *time.Time `json:"expires,omitempty"` // absent: until the holder's exit
+	Renewed       *time.Time `json:"renewed,omitempty"` // when Expires was last moved
 	Persist       bool       `json:"persist"`
 	Declared      bool       `json:"declared"`
 	Observed      Observed   `json:"observed"`

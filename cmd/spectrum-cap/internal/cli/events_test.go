@@ -32,6 +32,7 @@ func TestEveryEventIsReadable(t *testing.T) {
 		{ledger.GrantFailed, true, true, `{"reason":"no slot"}`, "aaaaaaaa dddddddd no slot"},
 		{ledger.GrantRevoking, true, true, `{"reason":"asked to"}`, "aaaaaaaa dddddddd asked to"},
 		{ledger.GrantRevoked, true, true, ``, "aaaaaaaa dddddddd"},
+		{ledger.GrantRenewed, true, true, `{"deadline":{"wall":"2026-01-02T03:04:05Z","boot_id":"b","boot_ns":1},"decision":{}}`, "aaaaaaaa dddddddd until 2026-01-02T03:04:05Z"},
 		{ledger.GrantDegraded, true, true, `{"reason":"killed"}`, "aaaaaaaa dddddddd killed"},
 		{ledger.TokenIssued, false, false, ``, "- dddddddd"},
 		{ledger.TokenRefused, true, true, `{"reason":"expired"}`, "aaaaaaaa dddddddd expired"},

@@ -35,18 +35,25 @@ func (r *requestFlags) register(cmd *cobra.Command, a *app) {
 
 func (r *requestFlags) request(vm, capability string) (api.GrantRequest, error) {
 	req := api.GrantRequest{VM: vm, Capability: capability, Label: r.label, Parent: r.parent, Persist: r.persist}
-	if r.ttl != "" {
-		d, err := parseDuration("--ttl", r.ttl)
-		if err != nil {
-			return req, err
-		}
-		if d < time.Second || d%time.Second != 0 {
-			return req, usage("--ttl %s: it is not whole seconds", r.ttl)
-		}
-		s := int64(d / time.Second)
-		req.TTLSeconds = &s
+	var err error
+	req.TTLSeconds, err = parseTTL(r.ttl)
+	return req, err
+}
+
+// parseTTL reads --ttl in seconds, nil where it is not given.
+func parseTTL(ttl string) (*int64, error) {
+	if ttl == "" {
+		return nil, nil //nolint:nilnil // not given
 	}
-	return req, nil
+	d, err := parseDuration("--ttl", ttl)
+	if err != nil {
+		return nil, err
+	}
+	if d < time.Second || d%time.Second != 0 {
+		return nil, usage("--ttl %s: it is not whole seconds", ttl)
+	}
+	s := int64(d / time.Second)
+	return &s, nil
 }
 
 // waitFlags are those of what takes effect in the world.
@@ -183,6 +190,9 @@ func (a *app) grantFacts(g api.Grant, all bool) facts {
 		ends = stamp(*g.Expires) + " (" + ends + ")"
 	}
 	f.add("Ends", ends)
+	if g.Renewed != nil {
+		f.add("Renewed", stamp(*g.Renewed))
+	}
 	if g.Parent != nil {
 		f.add("Derived from", fmt.Sprintf("%s (depth %d)", g.Parent, g.Depth))
 	}
