@@ -446,15 +446,8 @@ func (b *Broker) keepTime(ctx context.Context) {
 		now := b.o.Clock.Now()
 		wait, unmarked := look, false
 		b.ledger.View(func(s *ledger.State) {
-			for _, id := range s.Due(now, 1024) {
-				if g, ok := s.Grant(id); ok {
-					b.reconciler.Wake(g.Holder)
-					for _, child := range s.Subtree(id) {
-						if c, ok := s.Grant(child); ok {
-							b.reconciler.Wake(c.Holder)
-						}
-					}
-				}
+			for vm := range s.DueHolders(now) {
+				b.reconciler.Wake(vm)
 			}
 			// Every event is a mark; without leases none is needed.
 			if next, ok := s.NextDeadline(now); ok {
