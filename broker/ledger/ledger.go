@@ -33,13 +33,13 @@ const maxBatch = 256
 type Ledger struct {
 	o      Options
 	lock   *os.File
-	folder *folder // the writer's
+	folder *folder // of who leads the queue
+	queue  *queue
 
-	updates chan *update
-	reopen  chan chan error
-	closing chan struct{}
-	closed  sync.Once
-	done    chan struct{}
+	ctx    context.Context //nolint:containedctx // ends with the ledger, and its goroutine
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+	wrote  chan struct{} // tells tidy that the log may be long
 
 	mu       sync.RWMutex // guards what follows
 	store    *store
@@ -50,22 +50,6 @@ type Ledger struct {
 	subs  map[chan struct{}]struct{}
 }
 
-// update is one Update that waits for the writer.
-type update struct {
-	fn       func(tx *Tx) error
-	events   []Event
-	err      error
-	panicked any
-	done     chan struct{}
-}
-
-// call runs fn in the writer. A panic is the caller's: it must not end the
-// writer, and with it everybody's updates.
-func (u *update) call(tx *Tx) {
-	defer func() { u.panicked = recover() }()
-	u.err = u.fn(tx)
-}
-
 // Open opens or creates the ledger in o.Dir, verifies its chain and loads its
 // state. It fails with ErrLocked, ErrNewerSchema, ErrNotLedger or a
 // *ChainError.
@@ -73,10 +57,8 @@ func Open(ctx context.Context, o Options) (*Ledger, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	l := &Ledger{
-		o: o, updates: make(chan *update), reopen: make(chan chan error), closing: make(chan struct{}),
-		done: make(chan struct{}), subs: map[chan struct{}]struct{}{},
-	}
+	l := &Ledger{o: o, queue: newQueue(), wrote: make(chan struct{}, 1), subs: map[chan struct{}]struct{}{}}
+	l.ctx, l.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	if !o.ReadOnly {
 		if err := prepareDir(o.Dir); err != nil {
 			return nil, err
@@ -94,11 +76,9 @@ func Open(ctx context.Context, o Options) (*Ledger, error) {
 		}
 		return nil, err
 	}
-	if o.ReadOnly {
-		close(l.done)
-		return l, nil
+	if !o.ReadOnly {
+		l.wg.Go(l.tidy)
 	}
-	go l.write()
 	return l, nil
 }
 
@@ -125,11 +105,12 @@ func (l *Ledger) load(ctx context.Context) error {
 	return nil
 }
 
-// Close ends the writer and closes the file. Updates that wait fail with
-// ErrClosed.
+// Close waits for the commit that is under way and closes the file. Updates that
+// wait fail with ErrClosed.
 func (l *Ledger) Close() error {
-	l.closed.Do(func() { close(l.closing) })
-	<-l.done
+	l.queue.close()
+	l.cancel()
+	l.wg.Wait()
 	l.mu.Lock()
 	s, lock := l.store, l.lock
 	l.store, l.lock = nil, nil
@@ -145,7 +126,7 @@ func (l *Ledger) Close() error {
 	return err
 }
 
-// Update runs fn in the writer and returns the events that it appended once
+// Update runs fn while nobody else writes and returns the events that it appended once
 // they are durable. fn sees what earlier Updates appended, also those that
 // share its commit; its error drops its own events only and is returned. fn
 // must be quick and must not call the ledger.
@@ -160,58 +141,19 @@ func (l *Ledger) Update(ctx context.Context, fn func(tx *Tx) error) ([]Event, er
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNotRecorded, err)
 	}
-	u := &update{fn: fn, done: make(chan struct{})}
-	select {
-	case l.updates <- u:
-	case <-ctx.Done():
-		return nil, fmt.Errorf("%w: %w", ErrNotRecorded, ctx.Err())
-	case <-l.closing:
-		return nil, ErrClosed
+	u := &update{fn: fn}
+	if err := l.run(ctx, u); err != nil {
+		return nil, err
 	}
-	// From here on the outcome is the writer's to tell.
-	<-u.done
 	if u.panicked != nil {
 		panic(u.panicked)
 	}
-	return u.events, u.err
+	return u.events, nil
 }
 
-// write is the one goroutine that changes the file.
-func (l *Ledger) write() {
-	defer close(l.done)
-	for {
-		select {
-		case first := <-l.updates:
-			l.commit(l.gather(first))
-		case answer := <-l.reopen:
-			answer <- l.again()
-		case <-l.closing:
-			return
-		}
-	}
-}
-
-// gather takes all updates that wait already: they share one commit, and one
-// fsync.
-func (l *Ledger) gather(first *update) []*update {
-	batch := []*update{first}
-	for len(batch) < maxBatch {
-		select {
-		case u := <-l.updates:
-			batch = append(batch, u)
-		default:
-			return batch
-		}
-	}
-	return batch
-}
-
+// commit runs updates and stores what they append, all at once. Who leads the
+// queue calls it, and is the only one to change the file.
 func (l *Ledger) commit(batch []*update) {
-	defer func() {
-		for _, u := range batch {
-			close(u.done)
-		}
-	}()
 	if err := l.Poisoned(); err != nil {
 		for _, u := range batch {
 			u.err = fmt.Errorf("%w: %w", ErrPoisoned, err)
@@ -219,14 +161,21 @@ func (l *Ledger) commit(batch []*update) {
 		return
 	}
 	top := newLayer(l.root)
+	now := l.o.Clock.Now()
 	var records []record
 	for _, u := range batch {
-		tx := &Tx{ledger: l, layer: newLayer(top)}
-		tx.now = tx.State().Effective(l.o.Clock.Now())
+		tx := &Tx{ledger: l, layer: top}
+		if len(batch) > 1 {
+			// What this one appends can be forgotten without the rest.
+			tx.layer = newLayer(top)
+		}
+		tx.now = tx.State().Effective(now)
 		if u.call(tx); u.err != nil || u.panicked != nil {
 			continue
 		}
-		tx.layer.merge()
+		if tx.layer != top {
+			tx.layer.merge()
+		}
 		u.events = tx.events
 		records = append(records, tx.records...)
 	}
@@ -239,11 +188,22 @@ func (l *Ledger) commit(batch []*update) {
 		l.failed(batch, begun, err)
 		return
 	}
-	l.mu.Lock()
-	top.merge()
-	l.mu.Unlock()
+	l.publish(top)
 	failpoint.Hit("ledger.merge.after")
 	l.wake()
+	if l.store.frames.Add(framesOf(records)) >= tidyLog {
+		select {
+		case l.wrote <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// publish makes what was committed the state that everybody sees.
+func (l *Ledger) publish(top *layer) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	top.merge()
 }
 
 // failed answers the updates of a commit that did not succeed.
@@ -274,15 +234,7 @@ func (l *Ledger) Reopen(ctx context.Context) error {
 	if l.o.ReadOnly {
 		return ErrReadOnly
 	}
-	answer := make(chan error, 1)
-	select {
-	case l.reopen <- answer:
-		return <-answer
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-l.closing:
-		return ErrClosed
-	}
+	return l.run(ctx, &update{alone: l.again})
 }
 
 func (l *Ledger) again() error {
@@ -325,17 +277,23 @@ func (l *Ledger) Head() (uint64, Hash) {
 	return l.root.meta.seq, l.root.meta.hash
 }
 
+// borrow is the store, and the last event in it; s.reading.Done gives it back.
+func (l *Ledger) borrow() (s *store, head uint64, err error) {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	if l.store == nil {
+		return nil, 0, ErrClosed
+	}
+	l.store.reading.Add(1)
+	return l.store, l.root.meta.seq, nil
+}
+
 // Events are committed events after the given sequence number that f selects,
 // in order, at most limit of them (0: all). Each is checked against its hash.
 func (l *Ledger) Events(after uint64, f EventFilter, limit int) ([]Event, error) {
-	l.mu.RLock()
-	s, head := l.store, l.root.meta.seq
-	if s != nil {
-		s.reading.Add(1)
-	}
-	l.mu.RUnlock()
-	if s == nil {
-		return nil, ErrClosed
+	s, head, err := l.borrow()
+	if err != nil {
+		return nil, err
 	}
 	defer s.reading.Done()
 	if after >= head {
@@ -344,7 +302,7 @@ func (l *Ledger) Events(after uint64, f EventFilter, limit int) ([]Event, error)
 	var out []Event
 	errEnough := errors.New("enough")
 	next := after + 1
-	err := s.each(context.Background(), int64(next), func(row int64, body, stored []byte) error {
+	err = s.each(context.Background(), int64(next), func(row int64, body, stored []byte) error {
 		seq := uint64(row)
 		if seq != next {
 			return &ChainError{Seq: next, Problem: BrokenGap, Detail: "it is gone since it was loaded"}

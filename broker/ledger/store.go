@@ -9,8 +9,8 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -47,7 +47,9 @@ type store struct {
 	writing *sql.DB // nil: open for reading only
 	writer  *writer // nil until something is written
 	readers *sql.DB
-	reading sync.WaitGroup // those who may still use readers
+	tidying *sql.DB        // moves what the log holds into the database, beside the writer
+	frames  atomic.Int64   // about how many the log holds
+	reading sync.WaitGroup // those who may still use readers and tidying
 }
 
 // openStore opens the file, and makes it where it is missing, with its first
@@ -68,7 +70,13 @@ func (s *store) open(ctx context.Context, path string, readOnly bool, synchronou
 	if err := makeFile(path); err != nil {
 		return err
 	}
-	pragmas := []string{"journal_mode(WAL)", "synchronous(" + synchronous + ")", "cache_size(-2048)"}
+	if err := useFdatasync(); err != nil {
+		return err
+	}
+	pragmas := []string{
+		"journal_mode(WAL)", "synchronous(" + synchronous + ")", "cache_size(-2048)",
+		fmt.Sprintf("wal_autocheckpoint(%d)", longestLog),
+	}
 	if s.writing, err = connect(path, url.Values{"_txlock": {"immediate"}}, pragmas...); err != nil {
 		return err
 	}
@@ -81,10 +89,18 @@ func (s *store) open(ctx context.Context, path string, readOnly bool, synchronou
 		return err
 	}
 	failpoint.Hit("ledger.settle.after")
+	if err := reserveLog(path + "-wal"); err != nil {
+		return err
+	}
+	failpoint.Hit("ledger.reserve.after")
 	if s.readers, err = connect(path, url.Values{"mode": {"ro"}}); err != nil {
 		return err
 	}
 	s.readers.SetMaxOpenConns(maxReaders)
+	if s.tidying, err = connect(path, url.Values{}, pragmas[1:]...); err != nil {
+		return err
+	}
+	s.tidying.SetMaxOpenConns(1)
 	return nil
 }
 
@@ -252,99 +268,6 @@ func birth(now time.Time) record {
 	return record{e.Seq, body, hashRecord(body)}
 }
 
-// write stores records in one transaction, durably when it returns. begun
-// tells whether the commit was tried, so that a failure may have written them,
-// or that the connection is of no more use. Only the writer calls it.
-func (s *store) write(records []record) (begun bool, err error) {
-	// Not the caller's context: a commit is not half cancelled.
-	ctx := context.Background()
-	if s.writer == nil {
-		if s.writer, err = newWriter(ctx, s.writing); err != nil {
-			return false, err
-		}
-	}
-	w := s.writer
-	failpoint.Hit("ledger.begin.before")
-	if _, err := w.begin.ExecContext(ctx); err != nil {
-		// A plain error is of a connection that is still in an earlier
-		// transaction; any other may pass.
-		return sqliteCode(err) == sqlite3.SQLITE_ERROR, err
-	}
-	failpoint.Hit("ledger.begin.after")
-	for rest := records; len(rest) > 0; {
-		insert, n := w.insert, 1
-		if len(rest) >= insertedAtOnce {
-			insert, n = w.insertMany, insertedAtOnce
-		}
-		w.args = w.args[:0]
-		for i := range rest[:n] {
-			w.args = append(w.args, int64(rest[i].seq), rest[i].body, rest[i].hash[:])
-		}
-		rest = rest[n:]
-		if _, err := insert.ExecContext(ctx, w.args...); err != nil {
-			// This fails, and need not be done, where SQLite rolled back by itself.
-			_, _ = w.rollback.ExecContext(ctx)
-			return false, err
-		}
-		failpoint.Hit("ledger.insert.after")
-	}
-	failpoint.Hit("ledger.commit.before")
-	if _, err := w.commit.ExecContext(ctx); err != nil {
-		// Whether it rolled back by itself, or can, makes the outcome no
-		// better known.
-		_, _ = w.rollback.ExecContext(ctx)
-		return true, err
-	}
-	failpoint.Hit("ledger.commit.after")
-	return true, nil
-}
-
-// writer is the one connection that writes, with its statements prepared: to
-// prepare them for each commit costs as much as the commit.
-type writer struct {
-	conn                                        *sql.Conn
-	begin, insert, insertMany, commit, rollback *sql.Stmt
-
-	args []any // of an insert; kept to be used again
-}
-
-// insertedAtOnce is how many rows insertMany inserts: in a shared commit, to
-// run a statement costs more than to store its row.
-const insertedAtOnce = 16
-
-func newWriter(ctx context.Context, db *sql.DB) (*writer, error) {
-	conn, err := db.Conn(ctx)
-	if err != nil {
-		return nil, err
-	}
-	w := &writer{conn: conn}
-	for _, p := range []struct {
-		stmt  **sql.Stmt
-		query string
-	}{
-		{&w.begin, "BEGIN IMMEDIATE"},
-		{&w.insert, insertEvent},
-		{&w.insertMany, insertEvent + strings.Repeat(", (?, ?, ?)", insertedAtOnce-1)},
-		{&w.commit, "COMMIT"},
-		{&w.rollback, "ROLLBACK"},
-	} {
-		if *p.stmt, err = conn.PrepareContext(ctx, p.query); err != nil {
-			return nil, errors.Join(err, w.close())
-		}
-	}
-	return w, nil
-}
-
-func (w *writer) close() error {
-	var errs []error
-	for _, s := range []*sql.Stmt{w.begin, w.insert, w.insertMany, w.commit, w.rollback} {
-		if s != nil {
-			errs = append(errs, s.Close())
-		}
-	}
-	return errors.Join(append(errs, w.conn.Close())...)
-}
-
 // each calls fn with every stored record from the given sequence number on, in
 // order. What fn is given is valid only until it returns.
 func (s *store) each(ctx context.Context, from int64, fn func(seq int64, body, hash []byte) error) error {
@@ -384,8 +307,10 @@ func (s *store) retire() error {
 func (s *store) close() error {
 	s.reading.Wait()
 	err := s.retire()
-	if s.readers != nil {
-		err = errors.Join(err, s.readers.Close())
+	for _, db := range []*sql.DB{s.tidying, s.readers} {
+		if db != nil {
+			err = errors.Join(err, db.Close())
+		}
 	}
 	return err
 }
