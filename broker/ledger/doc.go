@@ -6,10 +6,13 @@
 //   - State is a fold over the events. The one fold runs when an event is
 //     appended and when it is loaded, on its decoded form, so that nothing can be
 //     appended that could not be loaded.
-//   - One goroutine writes. Updates that wait together share one transaction,
-//     and with it one fsync; each sees those before it, and one that fails drops
-//     only its own events. Readers see only what is committed.
-//   - What Update returned is durable: WAL, synchronous=FULL.
+//   - One caller at a time leads, and only who leads writes. Updates that wait
+//     together share its transaction, and with it one fdatasync; each sees those
+//     before it, and one that fails drops only its own events. Readers see only
+//     what is committed.
+//   - What Update returned is durable: WAL, synchronous=FULL. SQLite's log is as
+//     long from the start as it is to become, so that a commit overwrites zeros
+//     that are on the disk already, and it is moved beside the commits.
 //   - After a commit that failed the outcome is unknown, and nothing more is
 //     written until the file was read again.
 //   - Every event is checked against the chain when it is loaded, and against
