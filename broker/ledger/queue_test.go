@@ -85,8 +85,8 @@ func TestClosedWhileWaiting(t *testing.T) {
 		}
 	}
 	select {
-	case <-closed:
-		t.Error("the ledger is closed under somebody who leads")
+	case err := <-closed:
+		t.Errorf("the ledger is closed under somebody who leads: %v", err)
 	case <-time.After(10 * time.Millisecond):
 	}
 	release()
