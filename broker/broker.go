@@ -111,8 +111,11 @@ func (b *Broker) open(ctx context.Context, w Wiring) error {
 	if err := ownDir(b.o.StateDir, 0o700); err != nil {
 		return fmt.Errorf("cannot use the state directory: %w", err)
 	}
+	b.metrics = newMetrics(b)
 	var err error
-	b.ledger, err = ledger.Open(ctx, ledger.Options{Dir: b.o.StateDir, Kinds: b.kinds, Clock: b.o.Clock, Log: b.log})
+	b.ledger, err = ledger.Open(ctx, ledger.Options{
+		Dir: b.o.StateDir, Kinds: b.kinds, Clock: b.o.Clock, Log: b.log, Observe: b.metrics.committed,
+	})
 	if err != nil {
 		return err
 	}
@@ -134,7 +137,6 @@ func (b *Broker) open(ctx context.Context, w Wiring) error {
 		ApplyTimeout:    b.o.stretched(90 * time.Second),
 		WithdrawTimeout: b.o.stretched(b.o.CutDeadline + 20*time.Second),
 	})
-	b.metrics = newMetrics(b)
 	return nil
 }
 
@@ -414,7 +416,7 @@ func (b *Broker) serve(ctx context.Context) error {
 	if b.o.Ready != nil {
 		b.o.Ready()
 	}
-	handler := api.NewHostHandler(b, api.HostOptions{Log: b.log, Metrics: b.metrics.handler()})
+	handler := api.NewHostHandler(b, api.HostOptions{Log: b.log, Metrics: b.metrics.handler(), Streams: &b.metrics.streams})
 	return api.ServeHost(ctx, l, handler, api.ServeOptions{Log: b.log})
 }
 

@@ -135,28 +135,29 @@ func newGranting(t *testing.T, host, work string) *granting {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(runtime) })
-	l, err := ledger.Open(ctx, ledger.Options{Dir: dir, Kinds: kinds, Clock: clock.System{}})
-	if err != nil {
-		t.Fatal(err)
-	}
 	b := &Broker{
 		o: Options{
 			StateDir: dir, RuntimeDir: runtime, VMM: "none", Virtiofsd: "none", Shim: "none",
 			PolicyWorker: []string{exe, "policy-worker"}, Stretch: 20,
 		},
-		log: slog.New(slog.DiscardHandler), ctx: ctx, kinds: kinds, ledger: l,
+		log: slog.New(slog.DiscardHandler), ctx: ctx, kinds: kinds,
 		running: map[uuid.UUID]*unit{}, policyErrors: map[policy.EngineID]string{}, policyFiles: map[policy.EngineID][]string{},
 		labels: map[labelKey]bool{}, unrecorded: map[uuid.UUID]tombstone{},
 	}
 	if err := b.o.defaults(); err != nil {
 		t.Fatal(err)
 	}
+	b.metrics = newMetrics(b)
+	l, err := ledger.Open(ctx, ledger.Options{Dir: dir, Kinds: kinds, Clock: clock.System{}, Observe: b.metrics.committed})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.ledger = l
 	g := &granting{Broker: b, t: t, things: &things{objects: map[string]reconcile.Observed{}, barred: map[string]uint64{}}}
 	b.engines = policy.NewEngines(policy.Options{Worker: b.o.PolicyWorker, Stretch: b.o.Stretch, Name: b.engineName})
 	b.reconciler = reconcile.New(reconcile.Options{
 		Appliers: []reconcile.Applier{g.things}, Ledger: l, Clock: b.o.Clock, Instances: b.usable, Sweep: 50 * time.Millisecond,
 	})
-	b.metrics = newMetrics(b)
 	t.Cleanup(func() {
 		cancel()
 		b.wg.Wait()

@@ -40,6 +40,7 @@ func named(t *testing.T) *Broker {
 		}
 	})
 	b := &Broker{log: slog.New(slog.DiscardHandler), kinds: kinds, ledger: l, running: map[uuid.UUID]*unit{}}
+	b.metrics = newMetrics(b)
 	def := func(id, partition uuid.UUID, alias string) sources.Definition {
 		return sources.Definition{ID: id, Partition: partition, Alias: alias, Aliases: []string{alias}}
 	}

@@ -55,6 +55,7 @@ func (s guestService) mayRecord(ctx context.Context, vm uuid.UUID) error {
 	if ok {
 		return nil
 	}
+	s.b.metrics.limited.Inc()
 	if first {
 		_, err := s.b.ledger.Update(context.WithoutCancel(ctx), func(tx *ledger.Tx) error {
 			partition, _ := tx.State().Binding(vm)

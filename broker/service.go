@@ -2,7 +2,6 @@ package broker
 
 import (
 	"context"
-	"encoding/hex"
 	"fmt"
 	"net"
 	"path/filepath"
@@ -518,61 +517,5 @@ func (b *Broker) ListPartitions(context.Context) ([]api.Partition, error) {
 		out = append(out, o)
 	}
 	slices.SortFunc(out, func(x, y api.Partition) int { return strings.Compare(x.ID.String(), y.ID.String()) })
-	return out, nil
-}
-
-// Events implements api.Service.
-func (b *Broker) Events(_ context.Context, q api.EventQuery) ([]api.Event, error) {
-	f := ledger.EventFilter{Since: timeOr(q.Since), Until: timeOr(q.Until)}
-	var err error
-	if q.VM != "" {
-		if f.VM, err = b.resolveVM(q.VM); err != nil {
-			return nil, err
-		}
-	}
-	if q.Grant != "" {
-		g, err := b.resolveGrant(q.Grant)
-		if err != nil {
-			return nil, err
-		}
-		f.Grant = g.ID
-	}
-	wanted := eventTypes(q.Types)
-	out := []api.Event{}
-	// A page of the ledger may hold none of the types; later ones are looked at
-	// until the answer is full or the ledger ends.
-	for after := q.After; ; {
-		page, err := b.ledger.Events(after, f, max(q.Limit, 1))
-		if err != nil {
-			return nil, err
-		}
-		for _, e := range page {
-			after = e.Seq
-			if wanted(string(e.Type)) {
-				out = append(out, apiEvent(e))
-			}
-			if len(out) >= q.Limit {
-				return out, nil
-			}
-		}
-		if len(page) == 0 {
-			return out, nil
-		}
-	}
-}
-
-// EventsWake implements api.Service.
-func (b *Broker) EventsWake(ctx context.Context) <-chan struct{} { return b.ledger.Subscribe(ctx) }
-
-// VerifyAudit implements api.Service.
-func (b *Broker) VerifyAudit(ctx context.Context) (api.AuditReport, error) {
-	r, err := ledger.Verify(ctx, b.o.StateDir)
-	if err != nil {
-		return api.AuditReport{}, fmt.Errorf("cannot read the ledger: %w", err)
-	}
-	out := api.AuditReport{Events: r.Events, Head: hex.EncodeToString(r.Head[:])}
-	if r.Broken != nil {
-		out.Broken = &api.BrokenChain{Seq: r.Broken.Seq, Problem: r.Broken.Problem + ": " + r.Broken.Detail}
-	}
 	return out, nil
 }

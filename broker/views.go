@@ -5,7 +5,6 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"maps"
-	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -212,18 +211,6 @@ func (b *Broker) policyStatus() api.PolicyStatus {
 		}
 	}
 	return out
-}
-
-// eventTypes turns exact types and prefixes that end in a dot into a test.
-func eventTypes(want []string) func(string) bool {
-	return func(t string) bool {
-		for _, w := range want {
-			if t == w || (strings.HasSuffix(w, ".") && strings.HasPrefix(t, w)) {
-				return true
-			}
-		}
-		return len(want) == 0
-	}
 }
 
 func timeOr(t *time.Time) time.Time {

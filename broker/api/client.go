@@ -313,19 +313,30 @@ func (c *Client) Audit(ctx context.Context, q EventQuery) (EventList, error) {
 }
 
 // VerifyAudit has the broker verify the log's chain.
-func (c *Client) VerifyAudit(ctx context.Context) (AuditReport, error) {
-	return call[AuditReport](ctx, c, http.MethodGet, "/v1/audit/verify", nil, nil)
+func (c *Client) VerifyAudit(ctx context.Context, q VerifyQuery) (AuditReport, error) {
+	return call[AuditReport](ctx, c, http.MethodGet, "/v1/audit/verify", q.values(), nil)
 }
 
 // Events streams events after q.After; with follow it goes on with those that
 // come until ctx is done, the broker stops, or the reader is too slow. An
 // error is the last thing yielded; resume with After set to the last Seq.
 func (c *Client) Events(ctx context.Context, q EventQuery, follow bool) iter.Seq2[Event, error] {
+	query := q.values()
+	if follow {
+		query.Set("follow", "true")
+	}
+	return c.stream(ctx, query, func() {})
+}
+
+// Follow is Events with follow. connected is called when the stream has begun.
+func (c *Client) Follow(ctx context.Context, q EventQuery, connected func()) iter.Seq2[Event, error] {
+	query := q.values()
+	query.Set("follow", "true")
+	return c.stream(ctx, query, connected)
+}
+
+func (c *Client) stream(ctx context.Context, query url.Values, connected func()) iter.Seq2[Event, error] {
 	return func(yield func(Event, error) bool) {
-		query := q.values()
-		if follow {
-			query.Set("follow", "true")
-		}
 		req, err := newRequest(ctx, http.MethodGet, "/v1/events", query, nil)
 		if err != nil {
 			yield(Event{}, err)
@@ -337,6 +348,7 @@ func (c *Client) Events(ctx context.Context, q EventQuery, follow bool) iter.Seq
 			return
 		}
 		defer func() { _ = resp.Body.Close() }()
+		connected()
 		for dec := json.NewDecoder(resp.Body); ; {
 			var e Event
 			switch err := dec.Decode(&e); {

@@ -26,17 +26,19 @@ type fake struct {
 	grants []api.Grant
 	names  map[string]uuid.UUID
 	events []api.Event
+	scan   uint64 // how many of them a page looks at; 0: all
 	wakers map[chan struct{}]bool
 	calls  map[string]int
 	by     []api.Caller
 
-	fail  error                           // what every call fails with, if set
-	delay func(ctx context.Context)       // runs inside Grant and Request
-	cut   bool                            // revocations are confirmed at once
-	refs  []string                        // references that came in
-	query []api.EventQuery                // queries that came in
-	last  api.RevokeRequest               // the last one
-	token map[string]map[string]uuid.UUID // vm → token → grant
+	fail   error                           // what every call fails with, if set
+	delay  func(ctx context.Context)       // runs inside Grant and Request
+	cut    bool                            // revocations are confirmed at once
+	refs   []string                        // references that came in
+	query  []api.EventQuery                // queries that came in
+	verify []api.VerifyQuery               // likewise
+	last   api.RevokeRequest               // the last one
+	token  map[string]map[string]uuid.UUID // vm → token → grant
 }
 
 var (
@@ -389,13 +391,22 @@ func (f *fake) ListPartitions(context.Context) ([]api.Partition, error) {
 	return []api.Partition{{ID: partition, Name: "work", Present: true, Policy: "loaded"}}, err
 }
 
-func (f *fake) Events(_ context.Context, q api.EventQuery) (out []api.Event, err error) {
-	err = f.enter("Events")
+func (f *fake) Events(_ context.Context, q api.EventQuery) (api.EventList, error) {
+	err := f.enter("Events")
 	defer f.mu.Unlock()
 	f.query = append(f.query, q)
+	out := api.EventList{Next: q.After}
 	for _, e := range f.events {
-		if e.Seq > q.After && len(out) < q.Limit && (len(q.Types) == 0 || slices.Contains(q.Types, e.Type)) {
-			out = append(out, e)
+		if e.Seq <= q.After {
+			continue
+		}
+		if len(out.Events) >= q.Limit || f.scan > 0 && e.Seq > q.After+f.scan {
+			out.More = true
+			break
+		}
+		out.Next = e.Seq
+		if len(q.Types) == 0 || slices.Contains(q.Types, e.Type) {
+			out.Events = append(out.Events, e)
 		}
 	}
 	return out, err
@@ -414,10 +425,14 @@ func (f *fake) EventsWake(ctx context.Context) <-chan struct{} {
 	return w
 }
 
-func (f *fake) VerifyAudit(context.Context) (api.AuditReport, error) {
+func (f *fake) VerifyAudit(_ context.Context, q api.VerifyQuery) (api.AuditReport, error) {
 	err := f.enter("VerifyAudit")
 	defer f.mu.Unlock()
-	return api.AuditReport{Events: len(f.events), Head: hex.EncodeToString(make([]byte, 32)), Broken: &api.BrokenChain{Seq: 3, Problem: "the hash differs"}}, err
+	f.verify = append(f.verify, q)
+	return api.AuditReport{
+		Events: len(f.events), First: 1, Last: uint64(len(f.events)), Head: hex.EncodeToString(make([]byte, 32)),
+		Anchors: len(q.Anchors), Broken: &api.BrokenChain{Seq: 3, Problem: "the hash differs"},
+	}, err
 }
 
 // guestFake is the same broker seen by guests.

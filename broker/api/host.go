@@ -3,7 +3,6 @@ package api
 import (
 	"log/slog"
 	"net/http"
-	"sync/atomic"
 	"time"
 )
 
@@ -19,6 +18,8 @@ type HostOptions struct {
 	SlowReader time.Duration
 	// MaxFollowers bounds event streams that are open at once; zero means 64.
 	MaxFollowers int
+	// Streams counts event streams; nil: nobody wants to know.
+	Streams *StreamStats
 	// KeyTTL is how long the answer to an Idempotency-Key is remembered;
 	// zero means 10 minutes.
 	KeyTTL time.Duration
@@ -27,9 +28,8 @@ type HostOptions struct {
 // HostHandler serves the host API.
 type HostHandler struct {
 	*door
-	svc       Service
-	o         HostOptions
-	followers atomic.Int64
+	svc Service
+	o   HostOptions
 }
 
 // NewHostHandler returns the host API over svc. Callers come from the context
@@ -40,6 +40,9 @@ func NewHostHandler(svc Service, o HostOptions) *HostHandler {
 	setDefault(&o.SlowReader, defaultWriteWait)
 	setDefault(&o.MaxFollowers, 64)
 	setDefault(&o.KeyTTL, 10*time.Minute)
+	if o.Streams == nil {
+		o.Streams = &StreamStats{}
+	}
 	h := &HostHandler{svc: svc, o: o}
 	h.door = &door{
 		name:         "host",

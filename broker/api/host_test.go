@@ -222,7 +222,7 @@ func TestClientAndServer(t *testing.T) {
 	if got := must[[]api.Partition](t)(c.ListPartitions(ctx)); len(got) != 1 {
 		t.Errorf("partitions %+v", got)
 	}
-	if got := must[api.AuditReport](t)(c.VerifyAudit(ctx)); got.Broken == nil || got.Broken.Seq != 3 {
+	if got := must[api.AuditReport](t)(c.VerifyAudit(ctx, api.VerifyQuery{})); got.Broken == nil || got.Broken.Seq != 3 {
 		t.Errorf("verified %+v", got)
 	}
 	grace := 0.5

@@ -38,7 +38,7 @@ func TestEveryOperationIsTried(t *testing.T) {
 	try(nil, c.RemoveName(ctx, "x"))
 	try(c.ListPartitions(ctx))
 	try(c.Audit(ctx, api.EventQuery{}))
-	try(c.VerifyAudit(ctx))
+	try(c.VerifyAudit(ctx, api.VerifyQuery{}))
 	for _, err := range c.Events(ctx, api.EventQuery{}, false) {
 		try(nil, err)
 	}

@@ -1,8 +1,13 @@
 package api
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
 	"net/url"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -11,6 +16,7 @@ const (
 	defaultEvents = 1000
 	maxEvents     = 10000
 	maxTypes      = 32
+	maxAnchors    = 64
 )
 
 // params reads query parameters strictly: at most one value where one is
@@ -136,6 +142,12 @@ func eventQuery(q url.Values) (EventQuery, error) {
 		Since: p.time("since"),
 		Until: p.time("until"),
 		Limit: int(p.number("limit", 1, maxEvents)), //nolint:gosec // bounded
+		Actor: p.text("actor", maxRef),
+
+		Decision: p.text("decision", 16),
+	}
+	if !slices.Contains(Decisions, e.Decision) && e.Decision != "" {
+		p.refuse("decision", "is none of "+strings.Join(Decisions, ", "))
 	}
 	return e, p.err
 }
@@ -157,8 +169,43 @@ func (e EventQuery) values() url.Values {
 	if e.Until != nil {
 		q.Set("until", e.Until.Format(time.RFC3339Nano))
 	}
+	set(q, "actor", e.Actor)
+	set(q, "decision", e.Decision)
+	if e.Records {
+		q.Set("records", "true")
+	}
 	if e.Limit > 0 {
 		q.Set("limit", strconv.Itoa(e.Limit))
+	}
+	return q
+}
+
+func verifyQuery(q url.Values) (v VerifyQuery, err error) {
+	p := params{q: q}
+	v.FromAnchor = p.flag("from_anchor")
+	for _, s := range p.list("anchor", maxAnchors, 128) {
+		seq, hash, _ := strings.Cut(s, ":")
+		a := Anchor{Hash: strings.ToLower(hash)}
+		a.Seq, err = strconv.ParseUint(seq, 10, 63)
+		if digits, bad := hex.DecodeString(hash); err != nil || a.Seq == 0 || bad != nil || len(digits) != sha256.Size {
+			p.refuse("anchor", "is not an event's number, a colon and its hash in 64 hexadecimal digits")
+		}
+		v.Anchors = append(v.Anchors, a)
+	}
+	if v.FromAnchor && len(v.Anchors) == 0 {
+		p.refuse("from_anchor", "needs an anchor to begin at")
+	}
+	return v, p.err
+}
+
+// values is the inverse of verifyQuery.
+func (v VerifyQuery) values() url.Values {
+	q := url.Values{}
+	for _, a := range v.Anchors {
+		q.Add("anchor", fmt.Sprintf("%d:%s", a.Seq, a.Hash))
+	}
+	if v.FromAnchor {
+		q.Set("from_anchor", "true")
 	}
 	return q
 }

@@ -6,7 +6,7 @@ import (
 )
 
 // eventParams are those of the routes that select events.
-var eventParams = []string{"after", "vm", "grant", "type", "since", "until", "limit"}
+var eventParams = []string{"after", "vm", "grant", "type", "since", "until", "actor", "decision", "limit"}
 
 // table is every route of the host API.
 func (h *HostHandler) table() []route {
@@ -38,8 +38,8 @@ func (h *HostHandler) table() []route {
 		{method: get, path: "/v1/partitions", rule: RulePerson, handle: h.listPartitions},
 
 		{method: get, path: "/v1/events", rule: RulePerson, query: append([]string{"follow"}, eventParams...), handle: h.events},
-		{method: get, path: "/v1/audit", rule: RulePerson, query: eventParams, handle: h.audit},
-		{method: get, path: "/v1/audit/verify", rule: RulePerson, handle: h.verifyAudit},
+		{method: get, path: "/v1/audit", rule: RulePerson, query: append([]string{"records"}, eventParams...), handle: h.audit},
+		{method: get, path: "/v1/audit/verify", rule: RulePerson, query: []string{"anchor", "from_anchor"}, handle: h.verifyAudit},
 	}
 }
 
@@ -177,7 +177,11 @@ func (h *HostHandler) listPartitions(x *exchange) (reply, error) {
 }
 
 func (h *HostHandler) verifyAudit(x *exchange) (reply, error) {
-	return okUnless(h.svc.VerifyAudit(x.r.Context()))
+	q, err := verifyQuery(x.query)
+	if err != nil {
+		return reply{}, err
+	}
+	return okUnless(h.svc.VerifyAudit(x.r.Context(), q))
 }
 
 func okUnless[T any](body T, err error) (reply, error) {

@@ -55,12 +55,14 @@ type Service interface {
 	RemoveName(ctx context.Context, by Caller, name string) error
 	ListPartitions(ctx context.Context) ([]Partition, error)
 
-	// Events returns those after q.After in order, at most q.Limit.
-	Events(ctx context.Context, q EventQuery) ([]Event, error)
+	// Events returns a page of those after q.After in order, at most q.Limit of
+	// them, in a bounded time: it may return fewer, or none, and say that there
+	// are more.
+	Events(ctx context.Context, q EventQuery) (EventList, error)
 	// EventsWake returns a channel that receives after commits (coalesced)
 	// until ctx is done. Take it before reading, so that none is missed.
 	EventsWake(ctx context.Context) <-chan struct{}
-	VerifyAudit(ctx context.Context) (AuditReport, error)
+	VerifyAudit(ctx context.Context, q VerifyQuery) (AuditReport, error)
 }
 
 // GuestService is what the guest API serves. vm is the VM whose socket the

@@ -42,10 +42,10 @@ func TestEventsAndAudit(t *testing.T) {
 		t.Errorf("the page after the last is %+v", page)
 	}
 	since, until := epoch, epoch.Add(time.Hour)
-	q := api.EventQuery{After: 7, VM: "work/mail", Grant: "abcdefgh", Types: []string{"grant.", "vm.started"}, Since: &since, Until: &until, Limit: 3}
+	q := api.EventQuery{After: 7, VM: "work/mail", Grant: "abcdefgh", Types: []string{"grant.", "vm.started"}, Since: &since, Until: &until, Actor: "uid:1000", Decision: "deny", Records: true, Limit: 3}
 	must[api.EventList](t)(c.Audit(ctx, q))
 	got := h.query[len(h.query)-1]
-	if got.After != 7 || got.VM != q.VM || got.Grant != q.Grant || len(got.Types) != 2 || !got.Since.Equal(since) || !got.Until.Equal(until) {
+	if got.After != 7 || got.VM != q.VM || got.Grant != q.Grant || len(got.Types) != 2 || got.Actor != q.Actor || got.Decision != q.Decision || !got.Records || !got.Since.Equal(since) || !got.Until.Equal(until) {
 		t.Errorf("the query arrived as %+v", got)
 	}
 }

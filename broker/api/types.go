@@ -344,7 +344,13 @@ type EventQuery struct {
 	Types []string   // exact, or a prefix ending in "."
 	Since *time.Time // inclusive
 	Until *time.Time // exclusive
-	Limit int        // zero: the server's default
+	// Actor is a kind of actor, or "uid:" and a number, or "vm:" and a reference.
+	Actor string
+	// Decision is the outcome of the decision on record; see DecisionOf.
+	Decision string
+	Limit    int // zero: the server's default
+	// Records asks for each event's record too; only of the audit.
+	Records bool
 }
 
 // Event is one entry of the ledger.
@@ -359,9 +365,12 @@ type Event struct {
 	Data      json.RawMessage `json:"data,omitempty"`
 	Prev      string          `json:"prev,omitempty"` // hex
 	Hash      string          `json:"hash,omitempty"` // hex
+	// Record is the event as it is hashed, where that was asked for.
+	Record []byte `json:"record,omitempty"`
 }
 
-// EventList is a page of the audit.
+// EventList is a page of the audit. It may hold fewer events than asked for, or
+// none, although there are more: a page looks at a bounded part of the ledger.
 type EventList struct {
 	Events []Event `json:"events"`
 	// Next is the cursor for the following page: pass it as after.
@@ -370,11 +379,27 @@ type EventList struct {
 	More bool `json:"more"`
 }
 
+// Anchor is an event known from elsewhere.
+type Anchor struct {
+	Seq  uint64 `json:"seq"`
+	Hash string `json:"hash"` // hex
+}
+
+// VerifyQuery says what to verify of the chain.
+type VerifyQuery struct {
+	Anchors []Anchor // events that must be part of it
+	// FromAnchor leaves out what is before the first anchor.
+	FromAnchor bool
+}
+
 // AuditReport is the result of verifying the chain.
 type AuditReport struct {
-	Events int          `json:"events"`
-	Head   string       `json:"head"` // hex
-	Broken *BrokenChain `json:"broken,omitempty"`
+	Events  int          `json:"events"`            // that are whole
+	First   uint64       `json:"first"`             // of them
+	Last    uint64       `json:"last"`              // of them
+	Head    string       `json:"head"`              // hash of the last one, hex
+	Anchors int          `json:"anchors,omitempty"` // that are part of the chain
+	Broken  *BrokenChain `json:"broken,omitempty"`
 }
 
 // BrokenChain names the first link that does not hold.

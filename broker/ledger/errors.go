@@ -38,6 +38,9 @@ var (
 	ErrClosed = errors.New("the ledger is closed")
 )
 
+// ErrBeyondHead: a cursor is behind the newest event. Error of Read.
+var ErrBeyondHead = errors.New("the cursor is beyond the end of the ledger")
+
 // Errors of Tx.Append. They drop nothing by themselves: the closure decides
 // whether to go on.
 var (

@@ -176,12 +176,15 @@ func (f *folder) moved(l *layer, e *entry) error {
 	if m.To.Final() {
 		setKey(&l.ended, n.about.holder, struct{}{})
 	}
-	if d == (Change{}) {
+	if d == (Change{}) && e.Type != GrantRevoking {
 		return nil
 	}
 	next := note{}
 	if n.note != nil {
 		next = *n.note
+	}
+	if e.Type == GrantRevoking {
+		next.revoking = e.Time.UnixNano()
 	}
 	switch {
 	case e.Type == GrantDegraded:

@@ -56,21 +56,3 @@ type Filter struct {
 func (f Filter) state(s GrantState) bool {
 	return len(f.States) == 0 || slices.Contains(f.States, s)
 }
-
-// EventFilter selects events; a zero field selects all.
-type EventFilter struct {
-	VM           uuid.UUID // as the event's VM, or as its actor
-	Grant        uuid.UUID
-	Partition    uuid.UUID
-	Types        []EventType
-	Since, Until time.Time // Since inclusive, Until exclusive
-}
-
-func (f EventFilter) match(e *Event) bool {
-	return (f.VM == uuid.Nil || f.VM == e.VM || f.VM == e.Actor.VM) &&
-		(f.Grant == uuid.Nil || f.Grant == e.Grant) &&
-		(f.Partition == uuid.Nil || f.Partition == e.Partition) &&
-		(len(f.Types) == 0 || slices.Contains(f.Types, e.Type)) &&
-		(f.Since.IsZero() || !e.Time.Before(f.Since)) &&
-		(f.Until.IsZero() || e.Time.Before(f.Until))
-}

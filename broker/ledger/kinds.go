@@ -51,3 +51,6 @@ func EventTypes() []EventType {
 	}
 	return out
 }
+
+// ActorKinds are all the kinds of actor.
+func ActorKinds() []string { return actorKinds[:] }

@@ -56,6 +56,7 @@ type actor struct {
 type note struct {
 	reason, degraded, instance string
 	renewed                    int64 // nanoseconds since 1970; 0: never
+	revoking                   int64 // when it was revoked, in nanoseconds since 1970
 }
 
 // storedCapability is a capability as it was recorded. It is decoded when it

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"time"
 
 	"spectrum-os.org/broker/capabilities"
 	"spectrum-os.org/broker/clock"
@@ -21,6 +22,9 @@ type Options struct {
 	Clock    clock.Clock
 	Log      *slog.Logger // nil: nothing is logged
 	ReadOnly bool         // no lock, no writing; the state is that of the moment of opening
+	// Observe is told of each transaction by the writer, and must be quick. May be
+	// nil.
+	Observe func(Commit)
 
 	synchronous string // of SQLite, in tests that show what depends on it; empty: what durability says
 }
@@ -182,7 +186,10 @@ func (l *Ledger) commit(batch []*update) {
 	if len(records) == 0 {
 		return
 	}
+	began := time.Now()
 	begun, err := l.store.write(records)
+	took := time.Since(began)
+	defer func() { l.observe(took, batch, err) }()
 	if err != nil {
 		// All of them, as also a refusal may rest on what was not written.
 		l.failed(batch, begun, err)
@@ -286,58 +293,6 @@ func (l *Ledger) borrow() (s *store, head uint64, err error) {
 	}
 	l.store.reading.Add(1)
 	return l.store, l.root.meta.seq, nil
-}
-
-// Events are committed events after the given sequence number that f selects,
-// in order, at most limit of them (0: all). Each is checked against its hash.
-func (l *Ledger) Events(after uint64, f EventFilter, limit int) ([]Event, error) {
-	s, head, err := l.borrow()
-	if err != nil {
-		return nil, err
-	}
-	defer s.reading.Done()
-	if after >= head {
-		return nil, nil
-	}
-	var out []Event
-	errEnough := errors.New("enough")
-	next := after + 1
-	err = s.each(context.Background(), int64(next), func(row int64, body, stored []byte) error {
-		seq := uint64(row)
-		if seq != next {
-			return &ChainError{Seq: next, Problem: BrokenGap, Detail: "it is gone since it was loaded"}
-		}
-		next++
-		var e entry
-		hash := hashRecord(body)
-		if string(hash[:]) != string(stored) {
-			return &ChainError{Seq: seq, Problem: BrokenHash, Detail: "it was changed since it was loaded"}
-		}
-		if err := decodeEvent(body, &e); err != nil {
-			return &ChainError{Seq: seq, Problem: BrokenUndecodable, Detail: err.Error()}
-		}
-		if e.Seq != seq {
-			return &ChainError{Seq: seq, Problem: BrokenUndecodable, Detail: fmt.Sprintf("it says that it is event %d", e.Seq)}
-		}
-		if f.match(&e.Event) {
-			v, err := e.public(hash)
-			if err != nil {
-				return &ChainError{Seq: seq, Problem: BrokenUndecodable, Detail: err.Error()}
-			}
-			out = append(out, v)
-		}
-		if seq == head || limit > 0 && len(out) >= limit {
-			return errEnough
-		}
-		return nil
-	})
-	if errors.Is(err, errEnough) {
-		return out, nil
-	}
-	if err == nil {
-		err = &ChainError{Seq: next, Problem: BrokenGap, Detail: "it is gone since it was loaded"}
-	}
-	return nil, fmt.Errorf("cannot read the ledger's events: %w", err)
 }
 
 // Subscribe returns a channel that receives after commits, until ctx ends.

@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"spectrum-os.org/broker/agents/guestcli"
+	"spectrum-os.org/broker/broker"
 	"spectrum-os.org/broker/broker/api"
 	"spectrum-os.org/broker/broker/ledger"
 	"spectrum-os.org/broker/policy"
@@ -49,6 +50,7 @@ func run() error {
 		"guest-api.md":       api.Reference(api.GuestDocument),
 		"policy-input.md":    policy.InputReference(),
 		"grant-states.md":    statesPage(),
+		"metrics.md":         metricsPage(),
 	} {
 		text = strings.TrimRight(text, "\n") + "\n"
 		if err := os.WriteFile(filepath.Join(reference, name), []byte(text), 0o644); err != nil {
@@ -112,6 +114,14 @@ func stateMeaning(s ledger.GrantState) string {
 		return "never came to exist, and nothing is left of it"
 	}
 	return ""
+}
+
+func metricsPage() string {
+	return "# Metrics\n\n" + generated +
+		"`GET /v1/metrics` of the [host API](host-api.md) answers in Prometheus' text format.\n" +
+		"Times are in seconds and sizes in bytes. No label names a VM, a grant, a partition\n" +
+		"or a person: what happened to one of these is in the [audit](../how-to/check-the-audit.md).\n" +
+		"Beside these there are the process's own, `go_…` and `process_…`.\n\n" + broker.MetricsReference()
 }
 
 func statesPage() string {
