@@ -137,14 +137,14 @@ func VerifyExport(ctx context.Context, r io.Reader, anchors ...Anchor) (VerifyRe
 		return VerifyReport{}, fmt.Errorf("%w: its version is %d, and this program knows %d", ErrNotExport, head.Version, exportVersion)
 	}
 	c := newChain(anchors)
-	err := c.exported(ctx, lines, head)
+	err := c.exported(ctx, lines, bytes.Clone(lines.Bytes()))
 	if err == nil {
 		err = c.end()
 	}
 	return c.report(err)
 }
 
-func (c *chain) exported(ctx context.Context, lines *bufio.Scanner, head exportHead) error {
+func (c *chain) exported(ctx context.Context, lines *bufio.Scanner, head []byte) error {
 	for lines.Scan() {
 		if ctx.Err() != nil {
 			return ctx.Err()
@@ -172,8 +172,8 @@ func (c *chain) exported(ctx context.Context, lines *bufio.Scanner, head exportH
 		if err != nil {
 			return err
 		}
-		if c.events == 1 && (head.First != e.Seq || head.Prev != e.Prev) {
-			return &ChainError{Seq: e.Seq, Problem: BrokenGap, Detail: fmt.Sprintf("the export says that it begins with event %d", head.First)}
+		if c.events == 1 && !exactly(head, exportHead{exportFormat, exportVersion, e.Seq, e.Prev}) {
+			return &ChainError{Seq: e.Seq, Problem: BrokenGap, Detail: "the export says that it begins with another event"}
 		}
 		v, err := e.public(hash)
 		if err != nil {

@@ -47,6 +47,9 @@ and what follows it are verified.`,
 				}
 				known = append(known, one)
 			}
+			if from.state != "" && from.file != "" {
+				return usage("--state and --file exclude each other")
+			}
 			if begin && len(known) == 0 {
 				return usage("--from-anchor needs an --anchor to begin at")
 			}
@@ -65,7 +68,6 @@ and what follows it are verified.`,
 	f.StringVar(&from.file, "file", "", "verify this `file`, an export")
 	f.StringSliceVar(&anchors, "anchor", nil, "`number:hash` of an entry that must be part of the chain; may be given several times")
 	f.BoolVar(&begin, "from-anchor", false, "verify only from the first anchor on")
-	cmd.MarkFlagsMutuallyExclusive("state", "file")
 	_ = cmd.MarkFlagDirname("state")
 	_ = cmd.RegisterFlagCompletionFunc("anchor", cobra.NoFileCompletions)
 	return cmd
