@@ -54,12 +54,15 @@ var (
 	ErrNotCovered = errors.New("the derived capability is wider than its parent")
 )
 
-// Errors of State.Live, always wrapped in a *DeadError.
+// Errors of State.Live and State.Usable, always wrapped in a *DeadError.
 var (
 	ErrUnknownGrant = errors.New("no such grant")
 	ErrRevoked      = errors.New("revoked")
 	ErrFailed       = errors.New("failed")
 	ErrExpired      = errors.New("expired")
+	// ErrUsedUp: no use is left. What its last use gave goes on; nothing derives
+	// from it, and its token is refused.
+	ErrUsedUp = errors.New("used up")
 )
 
 // DeadError says why a grant gives nothing. Cause is the grant that ended:

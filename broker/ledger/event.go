@@ -27,6 +27,7 @@ const (
 	GrantRevoked   EventType = "grant.revoked"   // Grant; Change
 	GrantRenewed   EventType = "grant.renewed"   // Grant; RenewData: not a move, its deadline is later from here on
 	GrantDegraded  EventType = "grant.degraded"  // Grant; Change: not a move, the reason is kept beside the state
+	GrantUsed      EventType = "grant.used"      // Grant; UsedData: one use, charged to it and to every ancestor
 
 	TokenIssued  EventType = "token.issued"  // Grant; a person was handed its token
 	TokenRefused EventType = "token.refused" // somebody presented a token that was not accepted
@@ -144,6 +145,16 @@ type Change struct {
 // partition are filled in when it is appended.
 func NewChange(t EventType, actor Actor, id uuid.UUID, c Change) Event {
 	return Event{Type: t, Actor: actor, Grant: id, Data: mustJSON(c)}
+}
+
+// UsedData is the Data of grant.used.
+type UsedData struct {
+	Instance string `json:"instance"` // the holder's run that the use was for; each run is charged once
+}
+
+// NewUse is the grant.used event of one use of a grant for a run of its holder.
+func NewUse(actor Actor, id uuid.UUID, instance string) Event {
+	return Event{Type: GrantUsed, Actor: actor, Grant: id, Data: mustJSON(UsedData{instance})}
 }
 
 // CreatedData is the Data of ledger.created.

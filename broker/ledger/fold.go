@@ -57,6 +57,8 @@ func (f *folder) step(l *layer, e *entry) error {
 		return f.moved(l, e)
 	case GrantRenewed:
 		return f.renewed(l, e)
+	case GrantUsed:
+		return f.used(l, e)
 	case VMBound:
 		return f.bound(l, e)
 	case VMStarted, VMExited:

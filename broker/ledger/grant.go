@@ -25,6 +25,7 @@ type Grant struct {
 	Deadline        capabilities.Deadline
 	Renewed         time.Time // when its deadline was last moved; zero: never
 	Limits          Limits
+	Uses            int // charged to it, by itself and by all that derives from it
 	Persist         bool
 	Declared        bool
 	Actor           Actor

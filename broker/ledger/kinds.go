@@ -23,6 +23,7 @@ func buildEventKinds() map[string]*eventKind {
 		{name: GrantRevoked, grant: true},
 		{name: GrantRenewed, grant: true},
 		{name: GrantDegraded, grant: true},
+		{name: GrantUsed, grant: true},
 		{name: TokenIssued, grant: true},
 		{name: TokenRefused},
 		{name: GuestLimited, vm: true},

@@ -217,6 +217,7 @@ type layer struct {
 	meta  meta
 
 	changed map[int32]*node // copies of nodes of the layers below
+	used    map[int32]usage // of nodes that were used, where uses are counted
 	ids     map[uuid.UUID]int32
 	held    map[uuid.UUID]int32    // a holder's newest grant that is not final
 	ended   map[uuid.UUID]struct{} // holders of what became final and is in their list
@@ -456,6 +457,9 @@ func (l *layer) merge() {
 	}
 	for i := range l.table.n {
 		to.place(l.base+i, *l.table.at(i))
+	}
+	for i, u := range l.used {
+		setKey(&to.used, i, u)
 	}
 	for holder := range l.ended {
 		setKey(&to.ended, holder, struct{}{})

@@ -37,6 +37,7 @@ func (s *State) grant(i int32) Grant {
 		v := a.maxUses
 		g.Limits.MaxUses = &v
 	}
+	g.Uses = int(s.l.usage(i).count)
 	if a.decision != "" {
 		g.Decision = []byte(a.decision)
 	}

@@ -2,6 +2,7 @@ package ledger
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -84,6 +85,13 @@ func (tx *Tx) fill(n *entry) error {
 		about := tx.layer.get(i).about
 		n.VM, n.Partition = about.holder, about.partition
 	}
+	if n.Type == GrantActive || n.Type == GrantUsed {
+		// What died with an ancestor is still pending or active where that is not
+		// on record of it yet.
+		if err := tx.State().Live(n.Grant, tx.now); errors.Is(err, ErrRevoked) || errors.Is(err, ErrFailed) {
+			return fmt.Errorf("%w: %s: %w", ErrIllegalMove, n.Type, err)
+		}
+	}
 	data, err := compact(n.Data)
 	if err != nil {
 		return fmt.Errorf("%w: the data of %s: %w", ErrInvalidEvent, n.Type, err)
@@ -111,7 +119,10 @@ func (tx *Tx) fillRequest(n *entry) error {
 		if limit := parent.Limits.MaxDepth; limit != nil && (*limit < 1 || g.Limits.MaxDepth == nil || *g.Limits.MaxDepth >= *limit) {
 			return fmt.Errorf("%w: max_depth of its parent is %d", ErrNotCovered, *limit)
 		}
-		if err := s.Live(g.Parent, tx.now); err != nil {
+		if limit := parent.Limits.MaxUses; limit != nil && (g.Limits.MaxUses == nil || *g.Limits.MaxUses > *limit) {
+			return fmt.Errorf("%w: max_uses of its parent is %d", ErrNotCovered, *limit)
+		}
+		if err := s.Usable(g.Parent, tx.now); err != nil {
 			return fmt.Errorf("%w: its parent is dead: %w", ErrIllegalMove, err)
 		}
 		if outlives(g.Deadline, parent.Deadline, tx.now) {
