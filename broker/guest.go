@@ -3,8 +3,8 @@ package broker
 import (
 	"context"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
+	"slices"
 
 	"github.com/google/uuid"
 
@@ -137,21 +137,29 @@ func (s guestService) Drop(ctx context.Context, vm, id uuid.UUID, token string) 
 		id = g.ID
 	}
 	var g ledger.Grant
-	var ok bool
-	b.ledger.View(func(st *ledger.State) { g, ok = st.Grant(id) })
-	if !ok || g.Holder != vm {
-		return api.GuestGrant{}, api.Errorf(api.CodeNotFound, "the VM holds no capability %s", id)
+	var ok, mine bool
+	b.ledger.View(func(st *ledger.State) {
+		g, ok = st.Grant(id)
+		mine = slices.ContainsFunc(st.Lineage(id), func(a ledger.Grant) bool { return a.Holder == vm })
+	})
+	if !ok || !mine {
+		return api.GuestGrant{}, api.Errorf(api.CodeNotFound, "the VM holds no capability %s, nor what it derives from", id)
 	}
-	result, err := b.revoke(ctx, ledger.Actor{Kind: ledger.ActorVM, VM: vm}, only(id), "dropped by its holder", true)
+	reason, wait, view := "dropped by its holder", true, b.guestGrant
+	if g.Holder != vm {
+		// How long another VM holds on is not this one's to learn.
+		reason, wait, view = "taken back by VM "+vm.String()+", from whose grant it derives", false, b.delegatedGrant
+	}
+	result, err := b.revoke(ctx, ledger.Actor{Kind: ledger.ActorVM, VM: vm}, only(id), reason, wait)
 	if err != nil {
 		return api.GuestGrant{}, err
 	}
 	for _, g := range append(result.revoked, result.revoking...) {
 		if g.ID == id {
-			return b.guestGrant(g), nil
+			return view(g), nil
 		}
 	}
-	return b.guestGrant(g), nil
+	return view(g), nil
 }
 
 // ownToken accepts a token that this broker signed for this VM and that is in
@@ -174,7 +182,9 @@ func (s guestService) ownToken(ctx context.Context, vm uuid.UUID, text string) (
 	var live error
 	s.b.ledger.View(func(st *ledger.State) {
 		g, _ = st.Grant(claims.Grant)
-		live = s.b.reconciler.Live(st, claims.Grant)
+		if live = s.b.reconciler.Live(st, claims.Grant); live == nil {
+			live = st.Spent(claims.Grant)
+		}
 	})
 	if live != nil {
 		return ledger.Grant{}, s.refuseToken(ctx, vm, claims.Grant, live)
@@ -204,21 +214,29 @@ func (s guestService) refuseToken(ctx context.Context, vm, grant uuid.UUID, caus
 	return refusal
 }
 
+// guestGrant is a grant as its holder sees it.
 func (b *Broker) guestGrant(g ledger.Grant) api.GuestGrant {
+	g = b.shown(g)
 	out := api.GuestGrant{
 		ID: g.ID, Capability: apiCapability(g.Capability), Spelling: g.Capability.String(), Label: g.Label,
 		State: api.GrantState(g.State), Created: g.Created, MountPath: b.reconciler.Place(g),
 	}
 	if g.Parent != uuid.Nil {
 		out.Parent = &g.Parent
+		b.ledger.View(func(s *ledger.State) {
+			if parent, ok := s.Grant(g.Parent); ok && parent.Holder != g.Holder {
+				out.From = &parent.Holder
+			}
+		})
+	}
+	out.MaxDepth, out.MaxUses = g.Limits.MaxDepth, g.Limits.MaxUses
+	if out.MaxUses != nil {
+		out.Uses = &g.Uses
 	}
 	if !g.Deadline.IsZero() {
 		out.Expires = &g.Deadline.Wall
 	}
-	var d recordedDecision
-	if json.Unmarshal(g.Decision, &d) == nil {
-		out.Narrowed = d.Narrowed
-	}
+	out.Narrowed = narrowed(g)
 	return out
 }
 

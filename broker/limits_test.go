@@ -15,16 +15,14 @@ func limiting(limits string) string {
 	return allowsAll + "\nlimits contains {" + limits + "}\n"
 }
 
-// Nothing that can be granted can be counted. A limit that cannot be kept
+// Of what can be granted, only uses are counted. A limit that cannot be kept
 // refuses the grant, whoever set it and whatever the caller accepts.
-func TestCountedLimitsRefuse(t *testing.T) {
+func TestLimitsThatNobodyCountsRefuse(t *testing.T) {
 	for _, c := range []struct{ limits, named string }{
-		{`"max_uses": 1`, "max_uses"},
-		{`"max_uses": 0`, "max_uses"},
 		{`"max_live": 5`, "max_live"},
 		{`"max_total": 1000000`, "max_total"},
-		{`"max_total": 2, "max_uses": 3, "ttl_seconds": 60`, "max_uses, max_total"},
-		{`"max_live": 2, "max_total": 3, "max_uses": 4, "max_depth": 1`, "max_uses, max_live, max_total"},
+		{`"max_total": 2, "max_uses": 3, "ttl_seconds": 60`, "max_total"},
+		{`"max_live": 2, "max_total": 3, "max_uses": 4, "max_depth": 1`, "max_live, max_total"},
 	} {
 		for who, policies := range map[string][2]string{
 			"host":      {limiting(c.limits), allowsAll},
@@ -32,7 +30,7 @@ func TestCountedLimitsRefuse(t *testing.T) {
 		} {
 			t.Run(who+" "+c.limits, func(t *testing.T) {
 				g := newGranting(t, policies[0], policies[1])
-				want := fmt.Sprintf("policy limits it by %s, and nothing of a fs capability can be counted", c.named)
+				want := fmt.Sprintf("policy limits it by %s, and that of a fs capability cannot be counted", c.named)
 				for _, narrower := range []bool{false, true} {
 					r := g.asks(mail1, "/docs", func(r *request) { r.narrower = narrower })
 					g.refused(r, api.CodeDenied, want, func(e *api.Error) {

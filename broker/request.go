@@ -36,9 +36,12 @@ type request struct {
 	declared   bool
 	parent     *ledger.Grant
 	renews     uuid.UUID // the grant whose deadline it is to move
+	limits     ledger.Limits // asked for; nil members: as many as the parent and policy allow
 	// run is the run of the holder that the request is for. Empty: the one that
 	// it is in when the request is looked at.
 	run string
+	// at is when it was made, where that is not now.
+	at time.Time
 	// narrower accepts less than was asked for.
 	narrower bool
 }
@@ -49,7 +52,7 @@ type decided struct {
 	verdict    policy.Verdict
 	capability capabilities.Capability // what is granted: asked for, narrowed
 	ttl        *int64
-	maxDepth   *int
+	limits     ledger.Limits
 	narrowed   bool
 }
 
@@ -66,12 +69,16 @@ const maxTTL = math.MaxInt64 / int64(time.Second) / 2
 // why the request is refused; with explain the verdict is returned all the
 // same, with every rule that had a say.
 func (b *Broker) decide(ctx context.Context, r request, explain bool) (decided, error) {
-	d := decided{request: r, capability: r.capability, ttl: r.ttl}
+	r.action = actionOf(r.action, r.parent, r.holder)
+	d := decided{request: r, capability: r.capability, ttl: r.ttl, limits: r.limits}
 	if r.ttl != nil && (*r.ttl <= 0 || *r.ttl > maxTTL) {
 		return d, api.Errorf(api.CodeInvalid, "a lifetime of %d seconds is not between 1 and %d", *r.ttl, maxTTL)
 	}
 	if !b.reconciler.Knows(r.capability.Kind) {
 		return d, api.Errorf(api.CodeInvalid, "this broker cannot apply capabilities of kind %q", r.capability.Kind)
+	}
+	if err := b.checkLimits(r); err != nil {
+		return d, err
 	}
 	if err := b.checkParent(r); err != nil {
 		return d, err
@@ -83,31 +90,8 @@ func (b *Broker) decide(ctx context.Context, r request, explain bool) (decided, 
 	return d, b.narrow(&d)
 }
 
-// checkParent makes sure that nothing is amplified.
-func (b *Broker) checkParent(r request) error {
-	p := r.parent
-	if p == nil {
-		return nil
-	}
-	if p.Holder != r.holder {
-		return api.Errorf(api.CodeDenied, "grant %s is held by another VM; delegating between VMs is not possible yet", p.ID)
-	}
-	if !b.kinds.Covers(p.Capability, r.capability) {
-		return api.Errorf(api.CodeDenied, "%s is wider than its parent %s", b.spoken(r.capability), b.spoken(p.Capability))
-	}
-	if p.Limits.MaxDepth != nil && *p.Limits.MaxDepth < 1 {
-		return api.Errorf(api.CodeDenied, "nothing may be derived from grant %s: its max_depth is used up", p.ID)
-	}
-	var live error
-	b.ledger.View(func(s *ledger.State) { live = s.Live(p.ID, b.o.Clock.Now()) })
-	if live != nil {
-		return api.Errorf(api.CodeDenied, "the parent is not in force: %w", live)
-	}
-	return nil
-}
-
 // ask puts the request to the engines concerned: those of the partitions of
-// the requester, the holder and the resource. The host's is asked always, and
+// the requester, the holder, the parent's holder and the resource. The host's is asked always, and
 // concerned where one of these belongs to no partition.
 func (b *Broker) ask(ctx context.Context, r request, explain bool) policy.Verdict {
 	var ids []policy.EngineID
@@ -129,12 +113,19 @@ func (b *Broker) ask(ctx context.Context, r request, explain bool) policy.Verdic
 			concern(uuid.Nil, false)
 		}
 		holderPartition, _ = s.Binding(r.holder)
+		concern(holderPartition, true)
+		if r.parent != nil {
+			// Whose grant is passed on has a say in it, whoever asks.
+			concern(s.Binding(r.parent.Holder))
+		}
 	})
-	concern(holderPartition, true)
 	concern(r.capability.Resource.Partition())
 	b.awaitFirstLoads(ctx, ids...)
+	if r.at.IsZero() {
+		r.at = b.o.Clock.Now().Wall
+	}
 	in := policy.Input{
-		Action: r.action, Now: hostTime(b.o.Clock.Now().Wall),
+		Action: r.action, Now: hostTime(r.at),
 		Requester:  policy.Requester{Kind: policy.RequesterPerson, UID: r.actor.UID},
 		Holder:     policy.Holder{VM: r.holder, Ancestors: []uuid.UUID{}},
 		Capability: policyCapability(r.capability, r.ttl),
@@ -187,79 +178,11 @@ func refusal(v policy.Verdict) error {
 	return e
 }
 
-// narrow intersects what was asked with what policy limits it to.
-func (b *Broker) narrow(d *decided) error {
-	l := d.verdict.Limits
-	said := apiVerdict(d.verdict)
-	refuse := func(code api.Code, format string, args ...any) error {
-		e := api.Errorf(code, format, args...)
-		e.Verdict = &said
-		return e
-	}
-	if counted := countedLimits(l); len(counted) > 0 {
-		return refuse(api.CodeDenied, "policy limits it by %s, and nothing of a %s capability can be counted",
-			strings.Join(counted, ", "), d.capability.Kind)
-	}
-	var changes []string
-	if l.ReadOnly {
-		c, err := b.kinds.Attenuate(d.capability, capabilities.Narrowing{ReadOnly: true})
-		if err != nil {
-			return refuse(api.CodeDenied, "policy allows only reading: %w", err)
-		}
-		if !c.Equal(d.capability) {
-			d.capability = c
-			changes = append(changes, "read-only")
-		}
-	}
-	if l.TTLSeconds != nil && (d.ttl == nil || *d.ttl > *l.TTLSeconds) {
-		if *l.TTLSeconds <= 0 {
-			return refuse(api.CodeDenied, "policy allows a lifetime of 0 seconds")
-		}
-		ttl := min(*l.TTLSeconds, maxTTL)
-		d.ttl = &ttl
-		changes = append(changes, fmt.Sprintf("for %v", time.Duration(ttl)*time.Second))
-	}
-	if l.MaxDepth != nil {
-		depth := int(min(*l.MaxDepth, math.MaxInt32))
-		d.maxDepth = &depth
-	}
-	if p := d.parent; p != nil && p.Limits.MaxDepth != nil {
-		depth := *p.Limits.MaxDepth - 1
-		if d.maxDepth == nil || depth < *d.maxDepth {
-			d.maxDepth = &depth
-		}
-	}
-	if len(changes) == 0 {
-		return nil
-	}
-	d.narrowed = true
-	if !d.narrower {
-		return refuse(api.CodeNarrower, "policy allows less than was asked: %s, %s; ask for that, or accept a narrower grant",
-			b.spoken(d.capability), strings.Join(changes, " and "))
-	}
-	return nil
-}
-
-// countedLimits names the limits that count what a grant is used for. No kind
-// that the broker can apply has a countable use: a limit that cannot be kept
-// refuses the grant, it is never dropped.
-func countedLimits(l policy.Limits) []string {
-	var out []string
-	for _, limit := range []struct {
-		name string
-		at   *int64
-	}{{"max_uses", l.MaxUses}, {"max_live", l.MaxLive}, {"max_total", l.MaxTotal}} {
-		if limit.at != nil {
-			out = append(out, limit.name)
-		}
-	}
-	return out
-}
-
 // grant decides a request and records the outcome. What it returns is durable
 // and not yet applied.
 func (b *Broker) grant(ctx context.Context, r request) (ledger.Grant, error) {
 	began := time.Now()
+	r.action = actionOf(r.action, r.parent, r.holder)
 	instance := ""
 	u := b.unit(r.holder)
 	if u != nil {
@@ -350,19 +273,19 @@ func (b *Broker) record(ctx context.Context, d decided, instance, label string) 
 		if run, on := s.Running(d.holder); !d.persist && (!on || run != instance) {
 			return errRunOver(name)
 		}
-		if live := len(s.Grants(ledger.Filter{Holder: d.holder, States: liveStates})); live >= b.o.MaxGrants {
+		if live := inForce(s, d.holder, now); live >= b.o.MaxGrants {
 			return api.Errorf(api.CodeNoSlots, "VM %s holds %d grants already, as many as one VM may", d.holder, live)
 		}
 		record := ledger.GrantRecord{
 			Instance: instance, Capability: d.capability, Label: label, Persist: d.persist,
-			Declared: d.declared, Decision: decision, Limits: ledger.Limits{MaxDepth: d.maxDepth},
+			Declared: d.declared, Decision: decision, Limits: d.limits,
 		}
 		if d.ttl != nil {
 			record.Deadline = capabilities.NewDeadline(now, time.Duration(*d.ttl)*time.Second)
 		}
 		if d.parent != nil {
 			// It may have ended while policy was thinking.
-			if err := s.Live(d.parent.ID, now); err != nil {
+			if err := s.Usable(d.parent.ID, now); err != nil {
 				return api.Errorf(api.CodeDenied, "the parent is not in force: %w", err)
 			}
 			record.Parent = d.parent.ID

@@ -22,30 +22,22 @@ type revocation struct{ revoked, revoking []ledger.Grant }
 // durable when it returns; with wait it returns when access is cut, or ctx ends,
 // which does not keep a revocation from being recorded.
 // Where it cannot be recorded, access is cut all the same, and the error says so.
+//
+// One row ends a whole subtree: what derives from a grant that ended is dead at
+// once, and its own end is put on record when it is taken from its holder.
 func (b *Broker) revoke(ctx context.Context, actor ledger.Actor, pick func(*ledger.State) []uuid.UUID, reason string, wait bool) (revocation, error) {
 	failpoint.Hit("revoke.before")
 	began := time.Now()
-	var all []uuid.UUID
+	var roots, all []uuid.UUID
 	_, err := b.ledger.Update(context.WithoutCancel(ctx), func(tx *ledger.Tx) error {
-		all = all[:0]
 		s := tx.State()
-		seen := map[uuid.UUID]bool{}
-		for _, root := range pick(s) {
-			for _, id := range append([]uuid.UUID{root}, s.Subtree(root)...) {
-				if seen[id] {
-					continue
-				}
-				seen[id] = true
-				all = append(all, id)
-				why := reason
-				if id != root {
-					why = "derived from grant " + root.String() + ", which was revoked"
-				}
-				err := tx.Append(ledger.NewChange(ledger.GrantRevoking, actor, id, ledger.Change{Reason: why}))
-				// One that has ended already needs no ending.
-				if err != nil && !errors.Is(err, ledger.ErrIllegalMove) {
-					return err
-				}
+		roots = topmost(s, pick(s))
+		all = fall(s, roots)
+		for _, id := range roots {
+			err := tx.Append(ledger.NewChange(ledger.GrantRevoking, actor, id, ledger.Change{Reason: reason}))
+			// One that has ended already needs no ending.
+			if err != nil && !errors.Is(err, ledger.ErrIllegalMove) {
+				return err
 			}
 		}
 		return nil
@@ -54,13 +46,7 @@ func (b *Broker) revoke(ctx context.Context, actor ledger.Actor, pick func(*ledg
 		return revocation{}, b.cutUnrecorded(actor, pick, reason, err)
 	}
 	failpoint.Hit("revoke.recorded")
-	b.ledger.View(func(s *ledger.State) {
-		for _, id := range all {
-			if g, ok := s.Grant(id); ok {
-				b.reconciler.Wake(g.Holder)
-			}
-		}
-	})
+	b.wakeHeirs(roots...)
 	var out revocation
 	for _, id := range all {
 		var g ledger.Grant
@@ -81,6 +67,43 @@ func (b *Broker) revoke(ctx context.Context, actor ledger.Actor, pick func(*ledg
 		b.metrics.cut(time.Since(began))
 	}
 	return out, nil
+}
+
+// topmost are those of ids that none of the others is an ancestor of.
+func topmost(s *ledger.State, ids []uuid.UUID) []uuid.UUID {
+	picked := make(map[uuid.UUID]bool, len(ids))
+	for _, id := range ids {
+		picked[id] = true
+	}
+	var out []uuid.UUID
+	taken := make(map[uuid.UUID]bool, len(ids))
+	for _, id := range ids {
+		if !taken[id] && !s.HasAncestorIn(id, picked) {
+			taken[id] = true
+			out = append(out, id)
+		}
+	}
+	return out
+}
+
+// fall are the grants that end with roots: themselves, and of what derives from
+// them all that has not ended long ago.
+func fall(s *ledger.State, roots []uuid.UUID) []uuid.UUID {
+	var all []uuid.UUID
+	for _, root := range roots {
+		all = append(all, s.OpenSubtree(root)...)
+	}
+	return all
+}
+
+// wakeHeirs has all that derives from these grants, and they themselves, looked
+// at by those who hold it.
+func (b *Broker) wakeHeirs(ids ...uuid.UUID) {
+	var heirs []uuid.UUID
+	b.ledger.View(func(s *ledger.State) { heirs = s.Heirs(ids...) })
+	for _, vm := range heirs {
+		b.reconciler.Wake(vm)
+	}
 }
 
 // only selects these grants.

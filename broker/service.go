@@ -15,7 +15,6 @@ import (
 	"spectrum-os.org/broker/broker/api"
 	"spectrum-os.org/broker/broker/ledger"
 	"spectrum-os.org/broker/capabilities"
-	"spectrum-os.org/broker/policy"
 )
 
 var _ api.Service = (*Broker)(nil)
@@ -166,38 +165,6 @@ func (b *Broker) Console(ctx context.Context, by api.Caller, ref string) (net.Co
 	return conn, nil
 }
 
-// fromPerson resolves a person's request.
-func (b *Broker) fromPerson(by api.Caller, req api.GrantRequest) (request, error) {
-	holder, err := b.resolveVM(req.VM)
-	if err != nil {
-		return request{}, err
-	}
-	c, err := b.kinds.Parse(req.Capability, resolver{b})
-	if err != nil {
-		return request{}, invalid(err)
-	}
-	r := request{
-		action: policy.ActionGrant, actor: actorOf(by), holder: holder, capability: c, ttl: req.TTLSeconds,
-		label: req.Label, persist: req.Persist, narrower: req.AcceptNarrower,
-	}
-	if req.Parent != "" {
-		parent, err := b.resolveGrant(req.Parent)
-		if err != nil {
-			return request{}, err
-		}
-		r.parent = &parent
-	}
-	return r, nil
-}
-
-// invalid keeps an API error as it is and makes any other one the caller's.
-func invalid(err error) error {
-	if e, ok := asAPI(err); ok {
-		return e
-	}
-	return api.Errorf(api.CodeInvalid, "%w", err)
-}
-
 // Grant implements api.Service.
 func (b *Broker) Grant(ctx context.Context, by api.Caller, req api.GrantRequest) (api.Grant, error) {
 	r, err := b.fromPerson(by, req)
@@ -315,85 +282,32 @@ func (b *Broker) ShowGrant(ctx context.Context, ref string) (api.Grant, error) {
 	return b.apiGrant(ctx, g), nil
 }
 
-// Revoke implements api.Service.
-func (b *Broker) Revoke(ctx context.Context, by api.Caller, req api.RevokeRequest) (api.RevokeResult, error) {
-	pick, err := b.toRevoke(req)
-	if err != nil {
-		return api.RevokeResult{}, err
-	}
-	reason := req.Reason
-	if reason == "" {
-		reason = "revoked by a person"
-	}
-	wait, cancel := b.bounded(ctx, req.TimeoutSeconds, defaultRevokeWait)
-	defer cancel()
-	done, err := b.revoke(wait, actorOf(by), pick, reason, req.Wait)
-	if err != nil {
-		return api.RevokeResult{}, err
-	}
-	return api.RevokeResult{Revoked: b.apiGrants(ctx, done.revoked), Revoking: b.apiGrants(ctx, done.revoking)}, nil
-}
-
-// toRevoke selects the grants that a request means.
-func (b *Broker) toRevoke(req api.RevokeRequest) (func(*ledger.State) []uuid.UUID, error) {
-	open := ledger.Filter{States: []ledger.GrantState{ledger.Pending, ledger.Active, ledger.Revoking}}
-	ways := 0
-	for _, given := range []bool{len(req.IDs) > 0, req.VM != "", req.Resource != "", req.All} {
-		if given {
-			ways++
-		}
-	}
-	if ways != 1 {
-		return nil, api.Errorf(api.CodeInvalid, "say what to revoke in exactly one way: grants, a VM, a resource, or all")
-	}
-	if len(req.IDs) > 0 {
-		var ids []uuid.UUID
-		for _, ref := range req.IDs {
-			g, err := b.resolveGrant(ref)
-			if err != nil {
-				return nil, err
-			}
-			ids = append(ids, g.ID)
-		}
-		return only(ids...), nil
-	}
-	if req.VM != "" {
-		vm, err := b.resolveVM(req.VM)
-		if err != nil {
-			return nil, err
-		}
-		open.Holder = vm
-	}
-	selected, err := b.onResource(open, req.Resource)
-	if err != nil {
-		return nil, err
-	}
-	return func(s *ledger.State) []uuid.UUID {
-		var ids []uuid.UUID
-		for _, g := range selected(s) {
-			ids = append(ids, g.ID)
-		}
-		return ids
-	}, nil
-}
-
 // Token implements api.Service.
 func (b *Broker) Token(ctx context.Context, by api.Caller, ref string) (api.Token, error) {
 	g, err := b.resolveGrant(ref)
 	if err != nil {
 		return api.Token{}, err
 	}
-	var live error
-	b.ledger.View(func(s *ledger.State) { live = s.Live(g.ID, b.o.Clock.Now()) })
-	if live != nil {
-		return api.Token{}, api.Errorf(api.CodeConflict, "grant %s has no token: %w", g.ID, live)
+	return b.issue(ctx, actorOf(by), g)
+}
+
+// issue hands out the token of a grant, on record.
+func (b *Broker) issue(ctx context.Context, actor ledger.Actor, g ledger.Grant) (api.Token, error) {
+	var usable error
+	b.ledger.View(func(s *ledger.State) {
+		if usable = b.reconciler.Live(s, g.ID); usable == nil {
+			usable = s.Spent(g.ID)
+		}
+	})
+	if usable != nil {
+		return api.Token{}, api.Errorf(api.CodeConflict, "grant %s has no token: %w", g.ID, usable)
 	}
 	text, err := b.mint(g)
 	if err != nil {
 		return api.Token{}, err
 	}
 	_, err = b.ledger.Update(ctx, func(tx *ledger.Tx) error {
-		return tx.Append(ledger.Event{Type: ledger.TokenIssued, Actor: actorOf(by), Grant: g.ID})
+		return tx.Append(ledger.Event{Type: ledger.TokenIssued, Actor: actor, Grant: g.ID})
 	})
 	if err != nil {
 		return api.Token{}, unrecorded("no token is handed out", err)

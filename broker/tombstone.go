@@ -30,14 +30,9 @@ func (b *Broker) tombstones() string { return filepath.Join(b.o.RuntimeDir, "tom
 func (b *Broker) cutUnrecorded(actor ledger.Actor, pick func(*ledger.State) []uuid.UUID, reason string, cause error) error {
 	var open []ledger.Grant
 	b.ledger.View(func(s *ledger.State) {
-		seen := map[uuid.UUID]bool{}
-		for _, root := range pick(s) {
-			for _, id := range append([]uuid.UUID{root}, s.Subtree(root)...) {
-				g, ok := s.Grant(id)
-				if ok && !seen[id] && (g.State == ledger.Pending || g.State == ledger.Active) {
-					seen[id] = true
-					open = append(open, g)
-				}
+		for _, root := range topmost(s, pick(s)) {
+			if g, ok := s.Grant(root); ok && !g.State.Ended() {
+				open = append(open, g)
 			}
 		}
 	})
@@ -134,11 +129,9 @@ func (b *Broker) recordTombstones(ctx context.Context) error {
 			if _, known := s.Grant(id); !known {
 				continue
 			}
-			for _, id := range append([]uuid.UUID{id}, s.Subtree(id)...) {
-				err := tx.Append(ledger.NewChange(ledger.GrantRevoking, t.Actor, id, ledger.Change{Reason: t.Reason}))
-				if err != nil && !errors.Is(err, ledger.ErrIllegalMove) {
-					return err
-				}
+			err := tx.Append(ledger.NewChange(ledger.GrantRevoking, t.Actor, id, ledger.Change{Reason: t.Reason}))
+			if err != nil && !errors.Is(err, ledger.ErrIllegalMove) {
+				return err
 			}
 		}
 		return nil
@@ -159,11 +152,7 @@ func (b *Broker) recordTombstones(ctx context.Context) error {
 		if !b.ready.Load() {
 			continue // no shim may be adopted yet; whoever settles wakes all VMs
 		}
-		b.ledger.View(func(s *ledger.State) {
-			if g, ok := s.Grant(id); ok {
-				b.reconciler.Wake(g.Holder)
-			}
-		})
+		b.wakeHeirs(id)
 	}
 	return nil
 }

@@ -417,7 +417,7 @@ func (b *Broker) ended(u *unit) {
 func (b *Broker) endRun(u *unit, actor ledger.Actor, instance, reason string) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(b.ctx), 10*time.Second)
 	defer cancel()
-	_, err := b.ledger.Update(ctx, func(tx *ledger.Tx) error {
+	events, err := b.ledger.Update(ctx, func(tx *ledger.Tx) error {
 		if err := appendRun(tx, ledger.VMExited, actor, u.vm, instance, reason); err != nil {
 			return err
 		}
@@ -428,6 +428,7 @@ func (b *Broker) endRun(u *unit, actor ledger.Actor, instance, reason string) {
 		b.strayed.Store(true)
 	}
 	b.reconciler.Wake(u.vm)
+	b.reconciler.WakeHeirs(events)
 }
 
 // endStrayed starts the revocation of the grants that are tied to another run
@@ -456,7 +457,7 @@ func (b *Broker) sweep(ctx context.Context) error {
 		delete(runs, vm)
 	}
 	b.mu.Unlock()
-	holders := map[uuid.UUID]bool{}
+	var holders []uuid.UUID
 	_, err := b.ledger.Update(ctx, func(tx *ledger.Tx) error {
 		const reason = "the VM ended"
 		for vm, run := range runs {
@@ -470,15 +471,17 @@ func (b *Broker) sweep(ctx context.Context) error {
 		if err := endStrayed(tx, uuid.Nil, reason); err != nil {
 			return err
 		}
+		var ending []uuid.UUID
 		for _, g := range tx.State().Grants(ledger.Filter{States: []ledger.GrantState{ledger.Revoking}}) {
-			holders[g.Holder] = true
+			ending = append(ending, g.ID)
 		}
+		holders = tx.State().Heirs(ending...)
 		return nil
 	})
 	if err != nil {
 		return err
 	}
-	for vm := range holders {
+	for _, vm := range holders {
 		b.reconciler.Wake(vm)
 	}
 	return nil

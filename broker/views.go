@@ -57,6 +57,7 @@ func (b *Broker) apiGrants(ctx context.Context, grants []ledger.Grant) []api.Gra
 	sights := map[uuid.UUID]sight{}
 	out := make([]api.Grant, 0, len(grants))
 	for _, g := range grants {
+		g = b.shown(g)
 		s, ok := sights[g.Holder]
 		if !ok && !g.State.Final() {
 			s.objects, s.err = b.reconciler.Sight(ctx, g.Holder)
@@ -93,6 +94,7 @@ func (b *Broker) grantView(g ledger.Grant) api.Grant {
 		Declared: g.Declared, MountPath: b.reconciler.Place(g), Reason: b.reconciler.Reason(g), Degraded: g.Degraded,
 		NoAgent: b.reconciler.Reason(g) == applyfs.NoAgent,
 	}
+	o.MaxDepth, o.MaxUses, o.Uses = g.Limits.MaxDepth, g.Limits.MaxUses, g.Uses
 	if partition, ok := g.ResourcePartition(); ok {
 		o.Partition = &partition
 		o.PartitionName = b.petname(partition)
@@ -165,13 +167,13 @@ func describe(o *api.VM, d sources.Definition) {
 func apiEvent(e ledger.Event) api.Event {
 	o := api.Event{
 		Seq: e.Seq, Time: e.Time, Type: string(e.Type), Data: e.Data,
-		Actor: api.Actor{Kind: e.Actor.Kind, UID: e.Actor.UID, PID: e.Actor.PID},
+		Actor: apiActor(e.Actor),
 		Prev:  hex.EncodeToString(e.Prev[:]), Hash: hex.EncodeToString(e.Hash[:]),
 	}
 	for _, id := range []struct {
 		from uuid.UUID
 		to   **uuid.UUID
-	}{{e.Actor.VM, &o.Actor.VM}, {e.Grant, &o.Grant}, {e.VM, &o.VM}, {e.Partition, &o.Partition}} {
+	}{{e.Grant, &o.Grant}, {e.VM, &o.VM}, {e.Partition, &o.Partition}} {
 		if id.from != uuid.Nil {
 			*id.to = &id.from
 		}

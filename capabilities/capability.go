@@ -171,6 +171,9 @@ type Kind interface {
 	Overlaps(a, b Capability) bool
 	// Attenuate returns what of c is left after n.
 	Attenuate(c Capability, n Narrowing) (Capability, error)
+	// Use is what one use of a capability of this kind is, in words for people:
+	// what a limit of uses counts. "" where nothing of it can be counted.
+	Use() string
 }
 
 // Kinds is the set of kinds that a program knows. It is wired by hand and
@@ -280,6 +283,15 @@ func (k *Kinds) Attenuate(c Capability, n Narrowing) (Capability, error) {
 		return Capability{}, err
 	}
 	return kind.Attenuate(c, n)
+}
+
+// Use is what one use of a capability of that kind is, or "" where nothing of it
+// can be counted.
+func (k *Kinds) Use(name string) string {
+	if kind, ok := k.byName[name]; ok {
+		return kind.Use()
+	}
+	return ""
 }
 
 // excerpt quotes a stranger's text for a message, cut to a length that a

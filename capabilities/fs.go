@@ -201,6 +201,10 @@ func (FS) Attenuate(c Capability, n Narrowing) (Capability, error) {
 	return c, nil
 }
 
+// Use is what is attached at once, for as long as the VM's run goes on: what a
+// guest reads through it is not counted.
+func (FS) Use() string { return "one attachment of the share to a run of its VM" }
+
 // fsOf is the resource of a valid capability of this kind.
 func fsOf(c Capability) (FSResource, bool) {
 	r, ok := c.Resource.(FSResource)

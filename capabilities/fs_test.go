@@ -298,3 +298,13 @@ func TestMessagesOfStrangersAreShort(t *testing.T) {
 		t.Errorf("a message of %d bytes, or with control characters", len(err.Error()))
 	}
 }
+
+// A kind says what one use of it is, or that nothing of it can be counted.
+func TestUse(t *testing.T) {
+	kinds := NewKinds(FS{}, toyKind{})
+	for name, want := range map[string]string{"fs": "one attachment of the share to a run of its VM", (toyKind{}).Name(): "", "unknown": ""} {
+		if got := kinds.Use(name); got != want {
+			t.Errorf("one use of %s is %q, want %q", name, got, want)
+		}
+	}
+}

@@ -58,6 +58,8 @@ func (toyKind) Overlaps(a, b Capability) bool { return a.Equal(b) }
 
 func (toyKind) Attenuate(c Capability, _ Narrowing) (Capability, error) { return c, nil }
 
+func (toyKind) Use() string { return "" }
+
 func TestAnotherKindNeedsNoEdit(t *testing.T) {
 	kinds := NewKinds(FS{}, toyKind{})
 	c, err := kinds.Parse("toy:ball", nil)

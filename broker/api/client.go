@@ -258,6 +258,11 @@ func (c *Client) ShowGrant(ctx context.Context, ref string) (Grant, error) {
 	return call[Grant](ctx, c, http.MethodGet, "/v1/grants/"+seg(ref), nil, nil)
 }
 
+// Why tells how a grant came to be.
+func (c *Client) Why(ctx context.Context, ref string) (Why, error) {
+	return call[Why](ctx, c, http.MethodGet, "/v1/grants/"+seg(ref)+"/why", nil, nil)
+}
+
 // Token fetches the token of a grant.
 func (c *Client) Token(ctx context.Context, ref string) (Token, error) {
 	return call[Token](ctx, c, http.MethodPost, "/v1/grants/"+seg(ref)+"/token", nil, nil)

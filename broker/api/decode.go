@@ -199,10 +199,12 @@ func (r *StopRequest) validate() error {
 func (r *GrantRequest) validate() error {
 	return firstError(
 		checkNeeded("vm", r.VM, maxRef),
-		checkSpelling("capability", r.Capability),
+		checkDerived("capability", r.Capability, r.Parent != ""),
 		checkTTL(r.TTLSeconds),
 		checkLabel("label", r.Label),
 		checkText("parent", r.Parent, maxRef),
+		checkCount("max_uses", r.MaxUses, 1),
+		checkCount("max_depth", r.MaxDepth, 0),
 		checkSeconds("timeout_seconds", r.TimeoutSeconds),
 	)
 }

@@ -14,6 +14,8 @@ func (h *GuestHandler) table() []route {
 		{method: get, path: "/v1/self", rule: RuleHolder, hide: CodeNotFound, handle: h.self},
 		{method: get, path: "/v1/capabilities", rule: RuleHolder, hide: CodeNotFound, handle: h.capabilities},
 		{method: post, path: "/v1/requests", rule: RuleHolder, hide: CodeDenied, body: needBody, handle: h.request},
+		{method: post, path: "/v1/delegations", rule: RuleHolder, hide: CodeDenied, body: needBody, handle: h.delegate},
+		{method: post, path: "/v1/capabilities/{id}/token", rule: RuleHolder, hide: CodeNotFound, handle: h.token},
 		{method: del, path: "/v1/capabilities/{id}", rule: RuleHolder, hide: CodeNotFound, body: optionalBody, handle: h.dropID},
 		{method: post, path: "/v1/capabilities/drop", rule: RuleHolder, hide: CodeTokenRefused, body: needBody, handle: h.dropToken},
 	}
@@ -40,10 +42,39 @@ func (h *GuestHandler) request(x *exchange) (reply, error) {
 	return reply{status: http.StatusCreated, body: GuestGranted{Grant: g, Token: g.Token}}, nil
 }
 
-func (h *GuestHandler) dropID(x *exchange) (reply, error) {
+func (h *GuestHandler) delegate(x *exchange) (reply, error) {
+	req, err := decode[GuestDelegation](x.body)
+	if err != nil {
+		return reply{}, err
+	}
+	g, err := h.svc.Delegate(x.r.Context(), h.vm, req)
+	if err != nil {
+		return reply{}, err
+	}
+	return reply{status: http.StatusCreated, body: g}, nil
+}
+
+func (h *GuestHandler) token(x *exchange) (reply, error) {
+	id, err := grantID(x)
+	if err != nil {
+		return reply{}, err
+	}
+	return okUnless(h.svc.Token(x.r.Context(), h.vm, id))
+}
+
+// grantID is the id in a path, in its canonical form.
+func grantID(x *exchange) (uuid.UUID, error) {
 	id, err := uuid.Parse(x.params["id"])
 	if err != nil || id.String() != x.params["id"] || id == uuid.Nil {
-		return reply{}, &Error{Code: CodeNotFound}
+		return uuid.Nil, &Error{Code: CodeNotFound}
+	}
+	return id, nil
+}
+
+func (h *GuestHandler) dropID(x *exchange) (reply, error) {
+	id, err := grantID(x)
+	if err != nil {
+		return reply{}, err
 	}
 	req, err := decodeOptional[DropRequest](x.body)
 	if err != nil {

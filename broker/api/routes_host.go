@@ -25,6 +25,7 @@ func (h *HostHandler) table() []route {
 		{method: get, path: "/v1/grants", rule: RulePerson, query: []string{"vm", "resource", "partition", "state", "all"}, handle: h.listGrants},
 		{method: get, path: "/v1/grants/{ref}", rule: RulePerson, handle: h.showGrant},
 		{method: post, path: "/v1/grants/{ref}/renew", rule: RulePersonRecorded, body: optionalBody, handle: h.renew},
+		{method: get, path: "/v1/grants/{ref}/why", rule: RulePerson, handle: h.why},
 		{method: post, path: "/v1/grants/{ref}/token", rule: RulePersonRecorded, handle: h.token},
 		{method: post, path: "/v1/revocations", rule: RulePersonRecorded, body: needBody, handle: h.revoke},
 		{method: post, path: "/v1/decisions", rule: RulePersonRecorded, body: needBody, handle: h.explain},
@@ -104,6 +105,10 @@ func (h *HostHandler) listGrants(x *exchange) (reply, error) {
 
 func (h *HostHandler) showGrant(x *exchange) (reply, error) {
 	return okUnless(h.svc.ShowGrant(x.r.Context(), x.params["ref"]))
+}
+
+func (h *HostHandler) why(x *exchange) (reply, error) {
+	return okUnless(h.svc.Why(x.r.Context(), x.params["ref"]))
 }
 
 func (h *HostHandler) token(x *exchange) (reply, error) {

@@ -43,6 +43,8 @@ type Service interface {
 	ShowGrant(ctx context.Context, ref string) (Grant, error)
 	// Renew gives a live grant a later deadline, or refuses and changes nothing.
 	Renew(ctx context.Context, by Caller, ref string, req RenewRequest) (Grant, error)
+	// Why tells how a grant came to be, step by step up to what derives from nothing.
+	Why(ctx context.Context, ref string) (Why, error)
 	Revoke(ctx context.Context, by Caller, req RevokeRequest) (RevokeResult, error)
 	Token(ctx context.Context, by Caller, ref string) (Token, error)
 	Explain(ctx context.Context, by Caller, req GrantRequest) (Explanation, error)
@@ -73,7 +75,14 @@ type GuestService interface {
 	Capabilities(ctx context.Context, vm uuid.UUID) ([]GuestGrant, error)
 	// Request returns a grant whose Token is set.
 	Request(ctx context.Context, vm uuid.UUID, req GuestRequest) (GuestGrant, error)
-	// Drop ends a grant of the VM's own, named by its id, by its token, or
-	// by both, which then must agree. A zero id means the token's.
+	// Delegate passes on a grant of the VM's own, or what is narrower, to a VM
+	// that it was introduced to. Every other VM, and what policy refuses, is
+	// refused in the same words. It does not wait for the other VM.
+	Delegate(ctx context.Context, vm uuid.UUID, req GuestDelegation) (GuestGrant, error)
+	// Token hands out the token of a grant of the VM's own.
+	Token(ctx context.Context, vm, id uuid.UUID) (Token, error)
+	// Drop ends a grant of the VM's own, or one that derives from such a grant,
+	// named by its id, by its token, or by both, which then must agree. A zero
+	// id means the token's.
 	Drop(ctx context.Context, vm, id uuid.UUID, token string) (GuestGrant, error)
 }

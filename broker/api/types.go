@@ -107,14 +107,18 @@ const (
 // of it.
 type GrantRequest struct {
 	VM         string `json:"vm"`                    // any reference to a VM
-	Capability string `json:"capability"`            // human spelling
+	Capability string `json:"capability,omitempty"`  // human spelling; absent with a parent: all of that
 	TTLSeconds *int64 `json:"ttl_seconds,omitempty"` // nil: until the VM's exit
 	Label      string `json:"label,omitempty"`
 	Persist    bool   `json:"persist,omitempty"`
 	// AcceptNarrower takes a grant that policy narrowed; without it such a
 	// grant is refused with code narrower.
-	AcceptNarrower bool   `json:"accept_narrower,omitempty"`
-	Parent         string `json:"parent,omitempty"` // grant reference
+	AcceptNarrower bool `json:"accept_narrower,omitempty"`
+	// Parent is a reference to the grant that the new one derives from. Where
+	// another VM holds that one, this delegates it.
+	Parent   string `json:"parent,omitempty"`
+	MaxUses  *int   `json:"max_uses,omitempty"`  // nil: as many as the parent and policy allow
+	MaxDepth *int   `json:"max_depth,omitempty"` // generations that may be derived from it; nil: likewise
 	// Wait answers only when the guest has it, or the timeout is over;
 	// otherwise the answer comes as soon as the grant is durable.
 	Wait           bool    `json:"wait,omitempty"`
@@ -162,6 +166,9 @@ type Grant struct {
 	Label         string     `json:"label,omitempty"`
 	Parent        *uuid.UUID `json:"parent,omitempty"`
 	Depth         int        `json:"depth"`
+	MaxDepth      *int       `json:"max_depth,omitempty"` // generations that may be derived from it; absent: any
+	MaxUses       *int       `json:"max_uses,omitempty"`  // absent: uses are not counted
+	Uses          int        `json:"uses"`                // charged so far, by it and by what derives from it
 	State         GrantState `json:"state"`
 	Generation    uint64     `json:"generation"`
 	Created       time.Time  `json:"created"`
@@ -191,16 +198,20 @@ type RevokeRequest struct {
 	Resource       string   `json:"resource,omitempty"`
 	All            bool     `json:"all,omitempty"`
 	Reason         string   `json:"reason,omitempty"`
+	DryRun         bool     `json:"dry_run,omitempty"`         // say what would end, and change nothing
 	Wait           bool     `json:"wait,omitempty"`            // answer when cut; else once durable
 	TimeoutSeconds float64  `json:"timeout_seconds,omitempty"` // zero: the broker's default
 }
 
 // RevokeResult tells the grants whose access is cut from those whose
 // revocation is durable but whose cut has not been confirmed. With any of the
-// latter the HTTP status is 202.
+// latter the HTTP status is 202. A dry run lists in WouldRevoke what would end,
+// each grant after what it derives from, and nothing in the others.
 type RevokeResult struct {
-	Revoked  []Grant `json:"revoked"`
-	Revoking []Grant `json:"revoking"`
+	Revoked     []Grant `json:"revoked"`
+	Revoking    []Grant `json:"revoking"`
+	WouldRevoke []Grant `json:"would_revoke,omitempty"`
+	DryRun      bool    `json:"dry_run,omitempty"`
 }
 
 // Token carries a signed token, base64url without padding. It is a secret:
@@ -425,9 +436,29 @@ type GuestRequest struct {
 	Parent     string `json:"parent,omitempty"` // a token, base64url
 }
 
-// GuestGrant is a grant as its holder sees it: nothing of other VMs, of
-// petnames, or of who decided.
+// GuestDelegation is a guest passing on what it holds. Exactly one of Grant and
+// Token names the grant.
+type GuestDelegation struct {
+	Grant      string `json:"grant,omitempty"`      // its id
+	Token      string `json:"token,omitempty"`      // its token, base64url
+	To         string `json:"to"`                   // the UUID of a VM that this one was introduced to
+	Capability string `json:"capability,omitempty"` // human spelling of what is passed on; absent: all of it
+	TTLSeconds *int64 `json:"ttl_seconds,omitempty"`
+	MaxUses    *int   `json:"max_uses,omitempty"`
+	MaxDepth   *int   `json:"max_depth,omitempty"`
+	Label      string `json:"label,omitempty"`
+}
+
+// GuestGrant is a grant as its holder sees it: nothing of other VMs, but for the
+// one it was delegated by, of petnames, or of who decided.
 type GuestGrant struct {
+	// From is the VM that the grant was delegated by, which its holder may
+	// delegate to in turn; absent where it derives from nothing of another VM.
+	From     *uuid.UUID `json:"from,omitempty"`
+	MaxDepth *int       `json:"max_depth,omitempty"`
+	MaxUses  *int       `json:"max_uses,omitempty"`
+	Uses     *int       `json:"uses,omitempty"` // with MaxUses
+
 	ID         uuid.UUID  `json:"id"`
 	Capability Capability `json:"capability"`
 	Spelling   string     `json:"spelling"` // with UUIDs

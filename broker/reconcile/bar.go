@@ -20,20 +20,21 @@ var ErrBarred = errors.New("it was revoked, which is not on record yet")
 // [Reconciler.Unbar]. It returns when access is cut, or ctx ends.
 func (r *Reconciler) CutNow(ctx context.Context, grants []ledger.Grant) error {
 	all := map[uuid.UUID]ledger.Grant{}
+	// What derives from them is barred by its ancestor.
+	r.mu.Lock()
+	for _, root := range grants {
+		r.barred[root.ID] = true
+	}
+	r.mu.Unlock()
 	r.o.Ledger.View(func(s *ledger.State) {
 		for _, root := range grants {
-			for _, id := range append([]uuid.UUID{root.ID}, s.Subtree(root.ID)...) {
+			for _, id := range s.OpenSubtree(root.ID) {
 				if g, ok := s.Grant(id); ok {
 					all[id] = g
 				}
 			}
 		}
 	})
-	r.mu.Lock()
-	for id := range all {
-		r.barred[id] = true
-	}
-	r.mu.Unlock()
 	for _, g := range all {
 		r.Wake(g.Holder)
 	}

@@ -420,6 +420,12 @@ func (r *Reconciler) apply(ctx context.Context, a Action, state map[uuid.UUID]le
 		r.mu.Unlock()
 		return nil
 	}
+	if live, err := r.charge(ctx, a.Object); err != nil || !live {
+		r.mu.Lock()
+		delete(r.applying, a.Object.ID)
+		r.mu.Unlock()
+		return err
+	}
 	failpoint.Hit("apply.before")
 	note, err := r.appliers[a.Object.Kind].Apply(applyCtx, a.Object)
 	failpoint.Hit("apply.after")
@@ -476,7 +482,7 @@ func (r *Reconciler) append(ctx context.Context, moves []ledger.Event) error {
 	if len(moves) == 0 {
 		return nil
 	}
-	_, err := r.o.Ledger.Update(ctx, func(tx *ledger.Tx) error {
+	events, err := r.o.Ledger.Update(ctx, func(tx *ledger.Tx) error {
 		for _, e := range moves {
 			// No move, so that it is legal twice, and after the grant's end.
 			if g, _ := tx.State().Grant(e.Grant); e.Type == ledger.GrantDegraded && (g.Degraded != "" || g.State.Final()) {
@@ -488,6 +494,7 @@ func (r *Reconciler) append(ctx context.Context, moves []ledger.Event) error {
 		}
 		return nil
 	})
+	r.WakeHeirs(events)
 	return err
 }
 
