@@ -52,7 +52,13 @@ func (b *Broker) checkParent(r request) error {
 		return api.Errorf(api.CodeDenied, "%d uses are more than grant %s has: at most %d", *asked, p.ID, *most)
 	}
 	var usable error
-	b.ledger.View(func(s *ledger.State) { usable = s.Usable(p.ID, b.o.Clock.Now()) })
+	b.ledger.View(func(s *ledger.State) {
+		usable = s.Usable(p.ID, b.o.Clock.Now())
+		if r.renews != uuid.Nil {
+			// What was derived before the last use is there for as long as that.
+			usable = s.Live(p.ID, b.o.Clock.Now())
+		}
+	})
 	if usable != nil {
 		return api.Errorf(api.CodeDenied, "the parent is not in force: %w", usable)
 	}

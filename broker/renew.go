@@ -161,7 +161,7 @@ func (b *Broker) asMuchAsBefore(d decided, g ledger.Grant, narrower bool) error 
 	for _, limit := range []struct {
 		name     string
 		now, was *int
-	}{{"max_depth", d.maxDepth, g.Limits.MaxDepth}} {
+	}{{"max_depth", d.limits.MaxDepth, g.Limits.MaxDepth}, {"max_uses", d.limits.MaxUses, g.Limits.MaxUses}} {
 		if limit.now != nil && (limit.was == nil || *limit.was > *limit.now) {
 			return refuse(api.CodeDenied, "policy now limits %s to %d, and a renewal changes nothing but the end of a grant; ask for a new one", limit.name, *limit.now)
 		}

@@ -30,6 +30,10 @@ type Grant struct {
 	Expires    *time.Time      `json:"expires,omitempty"`
 	MountPath  string          `json:"mount_path,omitempty"`
 	Narrowed   bool            `json:"narrowed"`
+	From       string          `json:"from,omitempty"` // the VM that delegated it
+	MaxDepth   *int            `json:"max_depth,omitempty"`
+	MaxUses    *int            `json:"max_uses,omitempty"`
+	Uses       *int            `json:"uses,omitempty"` // with MaxUses
 }
 
 // Self is what this VM may know of itself.
@@ -104,6 +108,32 @@ func (c *Client) List(ctx context.Context) ([]Grant, error) {
 // Request asks for a capability.
 func (c *Client) Request(ctx context.Context, r Request) (g Granted, err error) {
 	return g, c.call(ctx, http.MethodPost, "/v1/requests", r, &g)
+}
+
+// Delegation passes a grant of this VM on to another one.
+type Delegation struct {
+	Grant      string `json:"grant,omitempty"` // its id
+	Token      string `json:"token,omitempty"` // or its token
+	To         string `json:"to"`
+	Capability string `json:"capability,omitempty"`
+	TTLSeconds *int64 `json:"ttl_seconds,omitempty"`
+	MaxUses    *int   `json:"max_uses,omitempty"`
+	MaxDepth   *int   `json:"max_depth,omitempty"`
+	Label      string `json:"label,omitempty"`
+}
+
+// Delegate passes a grant on.
+func (c *Client) Delegate(ctx context.Context, d Delegation) (g Grant, err error) {
+	return g, c.call(ctx, http.MethodPost, "/v1/delegations", d, &g)
+}
+
+// Token fetches the token of the grant called id.
+func (c *Client) Token(ctx context.Context, id string) (token string, err error) {
+	var out struct {
+		Token string `json:"token"`
+	}
+	err = c.call(ctx, http.MethodPost, "/v1/capabilities/"+id+"/token", nil, &out)
+	return out.Token, err
 }
 
 // Drop gives up the grant called id.

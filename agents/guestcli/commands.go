@@ -52,7 +52,7 @@ other commands ask the broker for what this VM may have.
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
 	root.PersistentFlags().StringVarP(&c.output, "output", "o", "table", "how to print: table or json")
 	root.PersistentFlags().DurationVar(&c.timeout, "timeout", time.Minute, "how long to wait for the broker")
-	root.AddCommand(c.serve(), c.list(), c.request(), c.drop(), c.self(), c.version())
+	root.AddCommand(c.serve(), c.list(), c.request(), c.delegate(), c.token(), c.drop(), c.self(), c.version())
 	return root
 }
 
@@ -154,14 +154,10 @@ with --token-file.
 		Args: exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r.Capability = args[0]
-			if ttl < 0 || ttl%time.Second != 0 {
-				return fmt.Errorf("%w: --ttl is whole seconds", errUsage)
-			}
-			if ttl > 0 {
-				seconds := int64(ttl / time.Second)
-				r.TTLSeconds = &seconds
-			}
 			var err error
+			if r.TTLSeconds, err = wholeSeconds(ttl); err != nil {
+				return err
+			}
 			if r.Parent, err = readToken(parentFile); err != nil {
 				return err
 			}
@@ -212,8 +208,9 @@ func (c *cli) drop() *cobra.Command {
 	var tokenFile string
 	cmd := &cobra.Command{
 		Use:   "drop [GRANT]",
-		Short: "Give a capability up, with all derived from it",
-		Long:  "Give a capability up, with all derived from it, and return when access is\ncut.\n\n" + exitHelp,
+		Short: "Give a capability up, or take back what was delegated, with all derived from it",
+		Long: "Give a capability up, or take back what was delegated from one, with all\nderived from it. What this VM gives up itself is cut when it returns.\n\n" +
+			exitHelp,
 		Example: `  spectrum-agent drop 3f0c2f4e-6f38-4a53-9f43-3c1b8d8f0a11
   spectrum-agent drop --token-file notes.token`,
 		Args: func(_ *cobra.Command, args []string) error {
@@ -227,8 +224,10 @@ func (c *cli) drop() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if len(args) == 1 && strings.Trim(args[0], "0123456789abcdefABCDEF-") != "" {
-				return fmt.Errorf("%w: %q is not a grant's id", errUsage, args[0])
+			if len(args) == 1 {
+				if err := isID("a grant", args[0]); err != nil {
+					return err
+				}
 			}
 			return c.ask(cmd, func(ctx context.Context, client *Client) error {
 				var g Grant
@@ -312,9 +311,16 @@ func (c *cli) table(grants []Grant) error {
 		if g.Expires != nil {
 			expires = g.Expires.Local().Format(time.RFC3339)
 		}
-		rows = append(rows, []string{g.ID, g.State, g.Spelling, orDash(g.MountPath), expires})
+		uses := "-"
+		if g.MaxUses != nil {
+			uses = fmt.Sprint("at most ", *g.MaxUses)
+			if g.Uses != nil {
+				uses = fmt.Sprintf("%d of %d", *g.Uses, *g.MaxUses)
+			}
+		}
+		rows = append(rows, []string{g.ID, g.State, g.Spelling, orDash(g.MountPath), expires, uses, orDash(g.From)})
 	}
-	return c.rows([]string{"GRANT", "STATE", "CAPABILITY", "MOUNTED AT", "EXPIRES"}, rows)
+	return c.rows([]string{"GRANT", "STATE", "CAPABILITY", "MOUNTED AT", "EXPIRES", "USES", "FROM"}, rows)
 }
 
 func (c *cli) rows(header []string, rows [][]string) error {

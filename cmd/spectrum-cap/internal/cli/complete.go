@@ -83,7 +83,7 @@ func (a *app) completeVM(cmd *cobra.Command, got []string, _ string) ([]string, 
 
 // takesNoVM tells commands whose arguments are no VMs, so that completion of
 // one is that of a flag.
-func takesNoVM(cmd *cobra.Command) bool { return cmd.Name() == "revoke" }
+func takesNoVM(cmd *cobra.Command) bool { return cmd.Name() == "revoke" || cmd.Name() == "delegate" }
 
 func (a *app) completeVMs(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
 	return a.complete(cmd, true, a.vmWords)

@@ -34,6 +34,7 @@ func TestEveryEventIsReadable(t *testing.T) {
 		{ledger.GrantRevoked, true, true, ``, "aaaaaaaa dddddddd"},
 		{ledger.GrantRenewed, true, true, `{"deadline":{"wall":"2026-01-02T03:04:05Z","boot_id":"b","boot_ns":1},"decision":{}}`, "aaaaaaaa dddddddd until 2026-01-02T03:04:05Z"},
 		{ledger.GrantDegraded, true, true, `{"reason":"killed"}`, "aaaaaaaa dddddddd killed"},
+		{ledger.GrantUsed, true, true, `{"instance":"r1"}`, "aaaaaaaa dddddddd run r1"},
 		{ledger.TokenIssued, false, false, ``, "- dddddddd"},
 		{ledger.TokenRefused, true, true, `{"reason":"expired"}`, "aaaaaaaa dddddddd expired"},
 		{ledger.GuestLimited, true, true, ``, "aaaaaaaa -"},

@@ -248,6 +248,13 @@ func (f *fake) Grant(_ context.Context, by api.Caller, r api.GrantRequest) (api.
 	if err != nil {
 		return api.Grant{}, err
 	}
+	if r.Capability == "" {
+		parent, err := f.grant(r.Parent)
+		if err != nil {
+			return api.Grant{}, err
+		}
+		r.Capability = parent.Spelling
+	}
 	c, partition, path, err := f.capability(r.Capability)
 	if err != nil {
 		return api.Grant{}, err
@@ -278,7 +285,7 @@ func (f *fake) Grant(_ context.Context, by api.Caller, r api.GrantRequest) (api.
 		ID: uuid.New(), Holder: v.ID, HolderName: v.Name, Partition: &partition, PartitionName: "work", Capability: c,
 		Spelling: "fs:" + mode + ":" + partition.String() + ":" + path, Spoken: "fs:" + mode + ":work:" + path,
 		Label: orElse(r.Label, "files"), State: api.GrantPending, Generation: 1, Created: time.Now(), Persist: r.Persist,
-		Observed: api.Observed{State: "attaching"}, Decision: &decision, Narrowed: narrowed,
+		Observed: api.Observed{State: "attaching"}, Decision: &decision, Narrowed: narrowed, MaxUses: r.MaxUses, MaxDepth: r.MaxDepth,
 	}
 	if r.TTLSeconds != nil {
 		t := g.Created.Add(time.Duration(*r.TTLSeconds) * time.Second)
@@ -406,6 +413,9 @@ func (f *fake) Revoke(_ context.Context, _ api.Caller, r api.RevokeRequest) (res
 		if r.All || r.VM != "" && g.Holder == holder || r.Resource != "" && strings.HasPrefix(g.Spoken, r.Resource) {
 			roots = append(roots, g)
 		}
+	}
+	if r.DryRun {
+		return api.RevokeResult{WouldRevoke: f.fall(roots), DryRun: true}, nil
 	}
 	for _, g := range roots {
 		for _, e := range f.end(g) {

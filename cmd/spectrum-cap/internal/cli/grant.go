@@ -23,12 +23,17 @@ type requestFlags struct {
 }
 
 func (r *requestFlags) register(cmd *cobra.Command, a *app) {
+	r.registerLease(cmd)
+	cmd.Flags().StringVar(&r.parent, "parent", "", "derive it from this `grant`, and end it with that; where another VM holds that one, this delegates it")
+	_ = cmd.RegisterFlagCompletionFunc("parent", a.completeGrant)
+}
+
+// registerLease registers those that say nothing of where it comes from.
+func (r *requestFlags) registerLease(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&r.ttl, "ttl", "", "end it after this `duration`, such as 90s, 1h or 7d (default: with the VM's exit; with --persist, when revoked)")
 	f.StringVar(&r.label, "as", "", "`label` under which the guest mounts it, at /run/spectrum/fs/LABEL")
-	f.StringVar(&r.parent, "parent", "", "derive it from this `grant`, and end it with that")
 	f.BoolVar(&r.persist, "persist", false, "keep it when the VM exits, and give it again at the next start")
-	_ = cmd.RegisterFlagCompletionFunc("parent", a.completeGrant)
 	_ = cmd.RegisterFlagCompletionFunc("as", cobra.NoFileCompletions)
 	_ = cmd.RegisterFlagCompletionFunc("ttl", cobra.NoFileCompletions)
 }
@@ -97,6 +102,7 @@ func withTimeout(ctx context.Context, timeout string) (context.Context, context.
 func (a *app) grantCommand() *cobra.Command {
 	var (
 		what     requestFlags
+		limits   limitFlags
 		waiting  waitFlags
 		narrower bool
 		quiet    bool
@@ -112,12 +118,16 @@ is refused with exit code 8 unless --accept-narrower is given.`,
 		Example: `  spectrum-cap grant work/mail fs:ro:work:/invoices --ttl 1h --as invoices
   spectrum-cap grant work/mail fs:rw:work:/outbox/today.txt --persist
   spectrum-cap grant mail fs:rw:work:/outbox --accept-narrower --timeout 10s
+  spectrum-cap grant work/mail fs:ro:work:/invoices --persist --max-uses 2
   id=$(spectrum-cap grant work/mail fs:ro:work:/invoices --quiet)`,
 		Args:              args(2, 2, "a VM and a capability"),
 		ValidArgsFunction: a.completeRequest,
 		RunE: func(cmd *cobra.Command, got []string) error {
 			req, err := what.request(got[0], got[1])
 			if err != nil {
+				return err
+			}
+			if err := limits.read(cmd, &req); err != nil {
 				return err
 			}
 			wait, timeout, err := waiting.read(cmd)
@@ -137,6 +147,7 @@ is refused with exit code 8 unless --accept-narrower is given.`,
 		},
 	}
 	what.register(cmd, a)
+	limits.register(cmd.Flags())
 	waiting.register(cmd.Flags(), "when the guest has it")
 	cmd.Flags().BoolVar(&narrower, "accept-narrower", false, "take it even if policy allows less than was asked")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print the grant's UUID only")
@@ -193,6 +204,7 @@ func (a *app) grantFacts(g api.Grant, all bool) facts {
 	if g.Renewed != nil {
 		f.add("Renewed", stamp(*g.Renewed))
 	}
+	f.add("Uses", usesText(g))
 	if g.Parent != nil {
 		f.add("Derived from", fmt.Sprintf("%s (depth %d)", g.Parent, g.Depth))
 	}
@@ -204,6 +216,9 @@ func (a *app) grantFacts(g api.Grant, all bool) facts {
 		f.add("By hand", "mount -t virtiofs "+mountTag(g.ID)+" DIR (in the guest)")
 	}
 	f.add("Created", stamp(g.Created))
+	if g.MaxDepth != nil {
+		f.add("To be derived", fmt.Sprintf("%d deep", *g.MaxDepth))
+	}
 	for _, flag := range []struct {
 		name string
 		set  bool

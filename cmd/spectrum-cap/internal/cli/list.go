@@ -17,7 +17,9 @@ func (a *app) listCommand() *cobra.Command {
 	var (
 		filter api.GrantFilter
 		states []string
+		holder string
 		tree   bool
+		why    bool
 	)
 	cmd := &cobra.Command{
 		Use:     "list",
@@ -25,10 +27,18 @@ func (a *app) listCommand() *cobra.Command {
 		Short:   "List grants, as a table or as the tree of what derives from what",
 		Example: `  spectrum-cap list
   spectrum-cap list --tree
-  spectrum-cap list --all --vm work/mail
+  spectrum-cap list --all --holder work/mail
+  spectrum-cap list --holder work/web --why
   spectrum-cap list --resource fs:ro:work:/invoices -o json`,
 		Args: args(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if holder != "" && filter.VM != "" {
+				return usage("--holder and --vm are the same; give one")
+			}
+			filter.VM += holder
+			if tree && why {
+				return usage("--tree and --why exclude each other")
+			}
 			for _, s := range states {
 				filter.State = append(filter.State, api.GrantState(s))
 			}
@@ -36,16 +46,22 @@ func (a *app) listCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if why {
+				return a.printWhys(cmd.Context(), grants)
+			}
 			return a.print(api.GrantList{Grants: grants}, func(w io.Writer) { a.grantTable(w, grants, tree) })
 		},
 	}
 	f := cmd.Flags()
 	f.BoolVar(&tree, "tree", false, "show derived grants beneath what they derive from")
 	f.BoolVar(&filter.All, "all", false, "also those that have ended")
-	f.StringVar(&filter.VM, "vm", "", "only what this `VM` holds")
+	f.BoolVar(&why, "why", false, "show how each came to be: what it derives from, and the decisions that allowed that")
+	f.StringVar(&holder, "holder", "", "only what this `VM` holds")
+	f.StringVar(&filter.VM, "vm", "", "the same as --holder `VM`")
 	f.StringVar(&filter.Resource, "resource", "", "only what reaches into this `capability`'s resource")
 	f.StringVar(&filter.Partition, "partition", "", "only what reaches into this `partition`")
 	f.StringSliceVar(&states, "state", nil, "only these `states`: pending, active, revoking, revoked, failed")
+	_ = cmd.RegisterFlagCompletionFunc("holder", a.completeVM)
 	_ = cmd.RegisterFlagCompletionFunc("vm", a.completeVM)
 	_ = cmd.RegisterFlagCompletionFunc("resource", a.completeCapability)
 	_ = cmd.RegisterFlagCompletionFunc("partition", a.completePartition)
@@ -55,6 +71,10 @@ func (a *app) listCommand() *cobra.Command {
 
 func (a *app) grantTable(w io.Writer, grants []api.Grant, tree bool) {
 	t := table{head: []string{"GRANT", "HOLDER", "CAPABILITY", "LABEL", "STATE", "ENDS"}, paint: a.stateColumn(4)}
+	counted := slices.ContainsFunc(grants, func(g api.Grant) bool { return g.MaxUses != nil })
+	if counted {
+		t.head = append(t.head, "USES")
+	}
 	short := a.short(grantIDs(grants))
 	add := func(prefix string, g api.Grant) {
 		state := string(g.State)
@@ -65,7 +85,11 @@ func (a *app) grantTable(w io.Writer, grants []api.Grant, tree bool) {
 		if g.State == api.GrantActive || g.State == api.GrantPending {
 			ends = a.ends(g)
 		}
-		t.add(prefix+short(g.ID), orElse(g.HolderName, g.Holder.String()), orElse(g.Spoken, g.Spelling), g.Label, state, ends)
+		cells := []string{prefix + short(g.ID), orElse(g.HolderName, g.Holder.String()), orElse(g.Spoken, g.Spelling), g.Label, state, ends}
+		if counted {
+			cells = append(cells, usesText(g))
+		}
+		t.add(cells...)
 	}
 	if !tree {
 		for _, g := range grants {
@@ -111,14 +135,19 @@ func eachInTree(grants []api.Grant, visit func(prefix string, g api.Grant)) {
 }
 
 func (a *app) showCommand() *cobra.Command {
-	return &cobra.Command{
+	var why bool
+	cmd := &cobra.Command{
 		Use:   "show GRANT",
 		Short: "Show one grant, and why it was decided as it was",
 		Example: `  spectrum-cap show 5f3a9c01
+  spectrum-cap show 5f3a9c01 --why
   spectrum-cap show 5f3a9c01 -o json`,
 		Args:              args(1, 1, "a grant"),
 		ValidArgsFunction: a.completeGrant,
 		RunE: func(cmd *cobra.Command, got []string) error {
+			if why {
+				return a.printWhy(cmd.Context(), got[0])
+			}
 			g, err := a.broker().ShowGrant(cmd.Context(), got[0])
 			if err != nil {
 				return err
@@ -126,6 +155,8 @@ func (a *app) showCommand() *cobra.Command {
 			return a.print(g, func(w io.Writer) { a.grantFacts(g, true).write(w) })
 		},
 	}
+	cmd.Flags().BoolVar(&why, "why", false, "show the chain from it to what it derives from, and the decision that allowed each step")
+	return cmd
 }
 
 func (a *app) explainCommand() *cobra.Command {

@@ -25,6 +25,7 @@ revocation is on record and goes on.`,
 		Example: `  spectrum-cap revoke 5f3a9c01
   spectrum-cap revoke --vm work/mail --reason "laptop is being lent"
   spectrum-cap revoke --resource fs:ro:work:/invoices
+  spectrum-cap revoke --vm work/mail --dry-run
   spectrum-cap revoke --all`,
 		ValidArgsFunction: a.completeGrants,
 		RunE: func(cmd *cobra.Command, ids []string) error {
@@ -50,6 +51,9 @@ revocation is on record and goes on.`,
 			if err != nil {
 				return err
 			}
+			if req.DryRun {
+				return a.wouldRevoke(res)
+			}
 			return a.revoked(res)
 		},
 	}
@@ -57,6 +61,7 @@ revocation is on record and goes on.`,
 	f.StringVar(&req.VM, "vm", "", "all that this `VM` holds")
 	f.StringVar(&req.Resource, "resource", "", "all that reaches into this `capability`'s resource")
 	f.BoolVar(&req.All, "all", false, "everything")
+	f.BoolVar(&req.DryRun, "dry-run", false, "print what would be revoked, and change nothing")
 	f.StringVar(&req.Reason, "reason", "", "`text` for the audit")
 	waiting.register(f, "when access is cut")
 	_ = cmd.RegisterFlagCompletionFunc("vm", a.completeVM)
