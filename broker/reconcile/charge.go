@@ -8,6 +8,7 @@ import (
 	"github.com/google/uuid"
 
 	"spectrum-os.org/broker/broker/ledger"
+	"spectrum-os.org/broker/failpoint"
 )
 
 // ErrUsedUp is why a grant failed for which no use was left.
@@ -28,6 +29,7 @@ func (r *Reconciler) charge(ctx context.Context, o Object) (bool, error) {
 	if !counted {
 		return true, nil
 	}
+	failpoint.Hit("charge.before")
 	var left int
 	events, err := r.o.Ledger.Update(ctx, func(tx *ledger.Tx) error {
 		left = 0
@@ -45,6 +47,7 @@ func (r *Reconciler) charge(ctx context.Context, o Object) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("cannot record a use of %s: %w", o.ID, err)
 	}
+	failpoint.Hit("charge.recorded")
 	for _, e := range events {
 		if e.Type == ledger.GrantFailed || e.Type == ledger.GrantRevoking {
 			r.remember(e.Grant, ErrUsedUp)
