@@ -35,7 +35,7 @@ type request struct {
 	persist    bool
 	declared   bool
 	parent     *ledger.Grant
-	renews     uuid.UUID // the grant whose deadline it is to move
+	renews     uuid.UUID     // the grant whose deadline it is to move
 	limits     ledger.Limits // asked for; nil members: as many as the parent and policy allow
 	// run is the run of the holder that the request is for. Empty: the one that
 	// it is in when the request is looked at.

@@ -46,7 +46,7 @@ func (b *Broker) Why(ctx context.Context, ref string) (api.Why, error) {
 		}
 		b.nameRules(ctx, step.Grant.Decision, request{
 			action: step.Action, actor: g.Actor, holder: g.Holder, capability: g.Capability, parent: parent,
-			ttl: seconds(g), at: g.Created, limits: g.Limits,
+			ttl: lifetime(g), at: decidedAt(g), limits: g.Limits,
 		})
 		out.Steps = append(out.Steps, step)
 	}
@@ -71,12 +71,20 @@ func (b *Broker) nameRules(ctx context.Context, d *api.Decision, r request) {
 	}
 }
 
-// seconds is a grant's lifetime, if it has one.
-func seconds(g ledger.Grant) *int64 {
+// decidedAt is when the decision was made that is on record of a grant.
+func decidedAt(g ledger.Grant) time.Time {
+	if !g.Renewed.IsZero() {
+		return g.Renewed
+	}
+	return g.Created
+}
+
+// lifetime is how long a grant was last given for, in seconds, if it has an end.
+func lifetime(g ledger.Grant) *int64 {
 	if g.Deadline.IsZero() {
 		return nil
 	}
-	ttl := max(1, int64(g.Deadline.Wall.Sub(g.Created).Round(time.Second)/time.Second))
+	ttl := lastLifetime(g)
 	return &ttl
 }
 

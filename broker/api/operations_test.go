@@ -27,6 +27,7 @@ func TestEveryOperationIsTried(t *testing.T) {
 	try(c.Grant(ctx, api.GrantRequest{VM: "x", Capability: "y"}))
 	try(c.ListGrants(ctx, api.GrantFilter{}))
 	try(c.ShowGrant(ctx, "x"))
+	try(c.Why(ctx, "x"))
 	try(c.Token(ctx, "x"))
 	try(c.Renew(ctx, "x", api.RenewRequest{}))
 	try(c.Revoke(ctx, api.RevokeRequest{VM: "x"}))
