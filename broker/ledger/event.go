@@ -28,6 +28,8 @@ const (
 	GrantRenewed   EventType = "grant.renewed"   // Grant; RenewData: not a move, its deadline is later from here on
 	GrantDegraded  EventType = "grant.degraded"  // Grant; Change: not a move, the reason is kept beside the state
 	GrantUsed      EventType = "grant.used"      // Grant; UsedData: one use, charged to it and to every ancestor
+	GrantTroubled  EventType = "grant.troubled"  // Grant; Change with a reason: what it stands for cannot be made or taken away just now
+	GrantRecovered EventType = "grant.recovered" // Grant; Change: the end of that
 
 	TokenIssued  EventType = "token.issued"  // Grant; a person was handed its token
 	TokenRefused EventType = "token.refused" // somebody presented a token that was not accepted

@@ -59,6 +59,8 @@ func (f *folder) step(l *layer, e *entry) error {
 		return f.renewed(l, e)
 	case GrantUsed:
 		return f.used(l, e)
+	case GrantTroubled, GrantRecovered:
+		return f.troubled(l, e)
 	case VMBound:
 		return f.bound(l, e)
 	case VMStarted, VMExited:
@@ -178,7 +180,7 @@ func (f *folder) moved(l *layer, e *entry) error {
 	if m.To.Final() {
 		setKey(&l.ended, n.about.holder, struct{}{})
 	}
-	if d == (Change{}) && e.Type != GrantRevoking {
+	if d == (Change{}) && !m.Desired {
 		return nil
 	}
 	next := note{}
@@ -187,6 +189,9 @@ func (f *folder) moved(l *layer, e *entry) error {
 	}
 	if e.Type == GrantRevoking {
 		next.revoking = e.Time.UnixNano()
+	}
+	if m.Desired {
+		next.changed = e.Seq
 	}
 	switch {
 	case e.Type == GrantDegraded:
@@ -229,6 +234,7 @@ func (f *folder) ran(l *layer, e *entry) error {
 	} else if v.instance == d.Instance || d.Instance == "" {
 		v.running, v.instance = false, ""
 	}
+	v.changed = e.Seq
 	setKey(&l.vms, e.VM, v)
 	return nil
 }

@@ -21,18 +21,22 @@ type Grant struct {
 	Label           string
 	State           GrantState
 	Generation      uint64 // rises whenever what should exist changes
-	Created         time.Time
-	Deadline        capabilities.Deadline
-	Renewed         time.Time // when its deadline was last moved; zero: never
-	Limits          Limits
-	Uses            int // charged to it, by itself and by all that derives from it
-	Persist         bool
-	Declared        bool
-	Actor           Actor
-	Decision        json.RawMessage
-	Reason          string // of its last move that gave one
-	Degraded        string
-	Seq             uint64 // its grant.requested event
+	// Changed is the event that last changed what should exist. Other than
+	// Generation it is ordered across grants, and rises when any of them changes.
+	Changed  uint64
+	Created  time.Time
+	Deadline capabilities.Deadline
+	Renewed  time.Time // when its deadline was last moved; zero: never
+	Limits   Limits
+	Uses     int // charged to it, by itself and by all that derives from it
+	Persist  bool
+	Declared bool
+	Actor    Actor
+	Decision json.RawMessage
+	Reason   string // of its last move that gave one
+	Troubled string // why what it stands for cannot be made or taken away just now
+	Degraded string
+	Seq      uint64 // its grant.requested event
 }
 
 // ResourcePartition is the partition that the granted resource belongs to, if

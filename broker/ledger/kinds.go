@@ -24,6 +24,8 @@ func buildEventKinds() map[string]*eventKind {
 		{name: GrantRenewed, grant: true},
 		{name: GrantDegraded, grant: true},
 		{name: GrantUsed, grant: true},
+		{name: GrantTroubled, grant: true},
+		{name: GrantRecovered, grant: true},
 		{name: TokenIssued, grant: true},
 		{name: TokenRefused},
 		{name: GuestLimited, vm: true},

@@ -57,6 +57,9 @@ type note struct {
 	reason, degraded, instance string
 	renewed                    int64 // nanoseconds since 1970; 0: never
 	revoking                   int64 // when it was revoked, in nanoseconds since 1970
+
+	troubled *string // nil: not
+	changed  uint64  // the event that last changed what should exist; 0: the first one
 }
 
 // storedCapability is a capability as it was recorded. It is decoded when it
@@ -189,6 +192,7 @@ type vmInfo struct {
 	partition uuid.UUID
 	running   bool
 	instance  string
+	changed   uint64 // the event that last began or ended a run
 }
 
 type aliasKey struct {

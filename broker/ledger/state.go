@@ -24,7 +24,7 @@ func (s *State) grant(i int32) Grant {
 		ID: n.id, Holder: a.holder, HolderPartition: a.partition, Instance: n.instance(), Depth: int(n.depth),
 		Capability: n.capability.decode(s.kinds), Label: n.label, State: n.stateName(), Generation: uint64(n.generation),
 		Created: nanoTime(n.created), Deadline: n.deadline(), Persist: a.persist, Declared: a.declared,
-		Actor: a.actor.public(), Seq: n.seq, Renewed: n.renewedAt(),
+		Actor: a.actor.public(), Seq: n.seq, Changed: n.seq, Renewed: n.renewedAt(),
 	}
 	if n.parent != none {
 		g.Parent = s.l.get(n.parent).id
@@ -43,6 +43,10 @@ func (s *State) grant(i int32) Grant {
 	}
 	if n.note != nil {
 		g.Reason, g.Degraded = n.note.reason, n.note.degraded
+		g.Changed = max(g.Changed, n.note.changed)
+		if n.note.troubled != nil && !g.State.Final() {
+			g.Troubled = *n.note.troubled
+		}
 	}
 	return g
 }
@@ -169,6 +173,9 @@ func (s *State) Running(vm uuid.UUID) (instance string, ok bool) {
 	v := s.l.vm(vm)
 	return v.instance, v.running
 }
+
+// RunChanged is the event that last began or ended a run of a VM.
+func (s *State) RunChanged(vm uuid.UUID) uint64 { return s.l.vm(vm).changed }
 
 // Runs are the instances of all VMs that were started and have not exited.
 func (s *State) Runs() map[uuid.UUID]string {

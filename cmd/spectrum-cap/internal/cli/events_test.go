@@ -35,6 +35,8 @@ func TestEveryEventIsReadable(t *testing.T) {
 		{ledger.GrantRenewed, true, true, `{"deadline":{"wall":"2026-01-02T03:04:05Z","boot_id":"b","boot_ns":1},"decision":{}}`, "aaaaaaaa dddddddd until 2026-01-02T03:04:05Z"},
 		{ledger.GrantDegraded, true, true, `{"reason":"killed"}`, "aaaaaaaa dddddddd killed"},
 		{ledger.GrantUsed, true, true, `{"instance":"r1"}`, "aaaaaaaa dddddddd run r1"},
+		{ledger.GrantTroubled, true, true, `{"reason":"cannot attach: nobody answers"}`, "aaaaaaaa dddddddd cannot attach: nobody answers"},
+		{ledger.GrantRecovered, true, true, ``, "aaaaaaaa dddddddd"},
 		{ledger.TokenIssued, false, false, ``, "- dddddddd"},
 		{ledger.TokenRefused, true, true, `{"reason":"expired"}`, "aaaaaaaa dddddddd expired"},
 		{ledger.GuestLimited, true, true, ``, "aaaaaaaa -"},
