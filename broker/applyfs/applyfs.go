@@ -223,8 +223,14 @@ func (a *Applier) share(ctx context.Context, s Shim, o reconcile.Object) (file s
 		ReadOnly: readOnly(o.Capability), SingleFile: file,
 		UID: partition.OwnerUID, GID: partition.OwnerGID, Deadline: o.Deadline,
 	}, opened.File())
-	if err != nil && a.noRun(o.VM, err) {
+	switch _, refused := errors.AsType[*shim.Error](err); {
+	case err == nil:
+	case a.noRun(o.VM, err):
 		err = fmt.Errorf("%w: %w", reconcile.ErrNotNow, err)
+	case !refused:
+		// What the shim answers is final: it makes nothing of a generation that
+		// failed. Who got no answer asks again, and is told what came of it.
+		err = fmt.Errorf("the VM's shim does not answer: %w: %w", reconcile.ErrTransient, err)
 	}
 	return file, err
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -316,7 +317,7 @@ func TestPresence(t *testing.T) {
 		s.mu.Unlock()
 		seen, err := New(w, mountTime).Observe(t.Context(), w.vm)
 		is := reconcile.Observed{ID: "x", Kind: Kind, VM: w.vm, Instance: s.run(), Generation: 3, Presence: want}
-		if err != nil || len(seen) != 1 || seen[0] != is {
+		if err != nil || len(seen) != 1 || !reflect.DeepEqual(seen[0], is) {
 			t.Errorf("%s: observed %+v, %v, want %+v", phase, seen, err, is)
 		}
 	}

@@ -54,19 +54,21 @@ func TestShimDiesWhileItIsAsked(t *testing.T) {
 	}
 }
 
-// What a shim says, or its silence, ends no run that goes on.
+// What a shim says, or its silence, ends no run that goes on. Its silence is worth
+// another attempt; what it says is final.
 func TestWhatSpeaksOfNoRun(t *testing.T) {
 	for name, c := range map[string]struct {
 		err    error
 		gone   bool // the VM, for the host
 		notNow bool
+		again  bool
 	}{
 		"not running":    {err: refuse(shim.CodeNotRunning, "x"), notNow: true},
 		"another run":    {err: refuse(shim.CodeWrongInstance, "x"), notNow: true},
 		"no shim":        {err: fmt.Errorf("cannot put: %w", shim.ErrNoShim), notNow: true},
 		"gone meanwhile": {err: context.DeadlineExceeded, gone: true, notNow: true},
-		"too slow":       {err: context.DeadlineExceeded},
-		"hung up":        {err: errors.New("the shim closed the connection")},
+		"too slow":       {err: context.DeadlineExceeded, again: true},
+		"hung up":        {err: errors.New("the shim closed the connection"), again: true},
 		"removed":        {err: refuse(shim.CodeRemoved, "x")},
 		"VMM's refusal":  {err: refuse(shim.CodeVMM, "x")},
 		"refusal, gone":  {err: refuse(shim.CodeBadRequest, "x"), gone: true},
@@ -82,6 +84,9 @@ func TestWhatSpeaksOfNoRun(t *testing.T) {
 			_, err := w.apply(o)
 			if !errors.Is(err, c.err) || errors.Is(err, reconcile.ErrNotNow) != c.notNow {
 				t.Errorf("error %v; not now: want %v", err, c.notNow)
+			}
+			if again := errors.Is(err, reconcile.ErrTransient); again != c.again {
+				t.Errorf("error %v; to be tried again is %v, want %v", err, again, c.again)
 			}
 		})
 	}

@@ -98,7 +98,7 @@ func (f *folder) renewed(l *layer, e *entry) error {
 	if n.note != nil {
 		next = *n.note
 	}
-	next.renewed = e.Time.UnixNano()
+	next.renewed, next.changed = e.Time.UnixNano(), e.Seq
 	n.note = &next
 	if l.due != nil {
 		l.due.moved(i, n)

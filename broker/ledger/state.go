@@ -201,6 +201,9 @@ func (s *State) Epoch() uint64 { return s.l.meta.epoch }
 // LedgerID tells this ledger from any other.
 func (s *State) LedgerID() uuid.UUID { return s.l.meta.ledger }
 
+// Seq is the newest event.
+func (s *State) Seq() uint64 { return s.l.meta.seq }
+
 // HighWater is the latest wall time that was ever recorded.
 func (s *State) HighWater() time.Time { return nanoTime(s.l.meta.highwater) }
 

@@ -3,9 +3,11 @@ package ledger
 import (
 	"errors"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 
+	"spectrum-os.org/broker/capabilities"
 	"spectrum-os.org/broker/clock"
 )
 
@@ -90,6 +92,12 @@ func TestChangedIsOrdered(t *testing.T) {
 	later("a grant", changed(a))
 	put(t, l, requested(b, GrantRecord{Capability: capability(t, "/a")}))
 	later("another grant", changed(b))
+	c := uuid.New()
+	fake := clock.NewFake().Now()
+	put(t, l, requested(c, GrantRecord{Capability: capability(t, "/a"), Deadline: capabilities.NewDeadline(fake, time.Hour)}))
+	later("a lease", changed(c))
+	put(t, l, NewRenewal(someone, c, RenewData{Deadline: capabilities.NewDeadline(fake, 2*time.Hour)}))
+	later("its renewal", changed(c))
 	before := changed(a)
 	put(t, l, NewChange(GrantActive, someone, a, Change{Instance: "1"}), NewChange(GrantDegraded, someone, a, Change{Reason: "x"}),
 		NewChange(GrantTroubled, someone, a, Change{Reason: "x"}), NewChange(GrantRecovered, someone, a, Change{}))

@@ -57,7 +57,10 @@ func (r *Reconciler) CutNow(ctx context.Context, grants []ledger.Grant) error {
 }
 
 // IsCut tells whether nothing of a grant is left in the world.
-func (r *Reconciler) IsCut(g ledger.Grant) bool { return g.State.Final() || r.isCut(r.ObjectsOf(g)) }
+func (r *Reconciler) IsCut(g ledger.Grant) bool {
+	_, cut := r.hasNothing(g)
+	return g.State.Final() || cut
+}
 
 // Unbar says that the ends of grants that were barred are on record.
 func (r *Reconciler) Unbar(grants ...uuid.UUID) {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"slices"
 	"time"
 
@@ -17,114 +16,178 @@ import (
 // cutPass records which grants have ended, and orders every withdrawal that is
 // not under way yet. It waits for none of them: a later revocation never waits
 // for what an earlier one takes from the guest.
-func (r *Reconciler) cutPass(ctx context.Context, vm uuid.UUID) error {
-	v, err := r.look(ctx, vm)
+func (r *Reconciler) cutPass(ctx context.Context, c corner) error {
+	// What is known to have ended does not wait for a look at the world either.
+	unrecorded := r.cutKnown(ctx, c)
+	v, err := r.look(ctx, c)
 	if err != nil {
-		return err
+		r.o.Meter.Failed(c.kind, "observe")
+		return errors.Join(unrecorded, r.recordGone(ctx, c), err)
 	}
-	// A grant that died of itself (its lease, an ancestor, its device) is
-	// recorded as revoking before it is cut, so that the order on record is
-	// the order in the world.
-	ended, unrecorded := r.recordEnds(ctx, v, lostObjects(v))
+	ended, err := r.recordEnds(ctx, v, lostObjects(v))
 	switch {
-	case unrecorded != nil:
-		// It must be cut even where that cannot be recorded.
-		r.o.Log.Error("cannot record that grants ended; cutting access all the same", "vm", vm, "err", unrecorded)
+	case err != nil:
+		unrecorded = errors.Join(unrecorded, err)
+		r.o.Log.Error("cannot record that grants ended; cutting access all the same", "vm", c.vm, "err", err)
 	case ended:
-		if v, err = r.look(ctx, vm); err != nil {
+		if v, err = r.look(ctx, c); err != nil {
 			return err
 		}
 	}
+	r.parted(v)
+	r.forget(v)
 	for _, a := range v.plan {
-		if a.Verb != Withdraw {
-			continue
-		}
-		// What was withdrawn already waits only for the ledger.
-		there := slices.ContainsFunc(v.observed, func(o Observed) bool { return o.ID == a.Object.ID && o.Presence != Gone })
-		if there || !r.isCut([]Object{a.Object}) {
-			r.order(a)
+		switch {
+		case a.Verb == Apply:
+			poke(r.laneOf(c).apply)
+		case a.Verb.Cuts() && (v.there(a.Object.ID) || !r.isCut(a)):
+			// What was withdrawn already waits only for the ledger.
+			r.order(a, v.instances[c.vm])
 		}
 	}
 	r.extendAll(v.plan)
-	return errors.Join(unrecorded, r.recordGone(ctx, vm))
+	return errors.Join(unrecorded, r.recordGone(ctx, c))
 }
 
-// withdrawal is a Withdraw under way.
-type withdrawal struct {
-	object Object
+func (v *view) there(object string) bool {
+	return slices.ContainsFunc(v.observed, func(o Observed) bool { return o.ID == object && o.Presence != Gone })
+}
+
+// cutKnown orders the withdrawals that follow from the ledger alone.
+func (r *Reconciler) cutKnown(ctx context.Context, c corner) error {
+	v := r.desire(c)
+	// A grant that died of itself (its lease, an ancestor) is recorded as revoking
+	// before it is cut, so that the order on record is the order in the world.
+	ended, err := r.recordEnds(ctx, v, nil)
+	switch {
+	case err != nil:
+		// It must be cut even where that cannot be recorded.
+		r.o.Log.Error("cannot record that grants ended; cutting access all the same", "vm", c.vm, "err", err)
+	case ended:
+		v = r.desire(c)
+	}
+	for _, a := range Plan(v.desired, v.ending, nil, v.instances, r.o.Clock.Now()) {
+		shared := slices.ContainsFunc(v.desired, func(d Object) bool { return d.ID == a.Object.ID })
+		if a.Verb == Withdraw && !shared && !r.isCut(a) {
+			a.Object.Generation = max(a.Object.Generation, r.seenIn(a.Object.ID).generation)
+			r.order(a, v.instances[c.vm])
+		}
+	}
+	return err
+}
+
+func (r *Reconciler) seenIn(object string) sight {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.seen[object]
+}
+
+// cutting is a step under way that takes something away.
+type cutting struct {
+	action Action
+	run    string
 	cancel context.CancelFunc
 	// resting: it failed, and waits before the VM is looked at again.
 	resting bool
 }
 
-// order begins a withdrawal, unless it is under way. One of a newer generation
-// takes the place of an older one.
-func (r *Reconciler) order(a Action) {
+// order begins a step that takes something away, unless it is under way, or
+// pauses after a failure. A newer one takes the place of an older one.
+func (r *Reconciler) order(a Action, run string) {
+	const gentle = 3
+	id := a.Object.ID
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if w := r.withdrawing[a.Object.ID]; w != nil {
-		if !w.resting && w.object.Generation >= a.Object.Generation {
+	if t := r.troubles[id]; a.Verb == Release && t != nil && t.Verb.Cuts() && t.Attempts >= gentle {
+		// Access that has ended counts for more than access that goes on. It is
+		// made again for who is left.
+		a = a.past("it cannot be taken from a grant that has ended without taking it from all")
+	}
+	if a.again > 0 {
+		r.floors[id] = max(r.floors[id], a.again)
+	}
+	if w := r.cutting[id]; w != nil {
+		same := w.action.Object.Generation >= a.Object.Generation && w.action.Verb == a.Verb && covers(w.action.Ended, a.Ended)
+		if same && (!w.resting || r.troubles[id].pauses(a, run)) {
 			return
 		}
 		w.cancel()
 	}
 	ctx, cancel := context.WithCancel(r.ctx)
-	w := &withdrawal{object: a.Object, cancel: cancel}
-	r.withdrawing[a.Object.ID] = w
+	w := &cutting{action: a, run: run, cancel: cancel}
+	r.cutting[id] = w
 	r.wg.Go(func() {
 		defer cancel()
-		r.withdraw(ctx, w, a)
+		r.doCut(ctx, w)
 	})
 }
 
-func (r *Reconciler) withdraw(ctx context.Context, w *withdrawal, a Action) {
+func covers(all, some []uuid.UUID) bool {
+	return !slices.ContainsFunc(some, func(id uuid.UUID) bool { return !slices.Contains(all, id) })
+}
+
+func (r *Reconciler) doCut(ctx context.Context, w *cutting) {
+	a := w.action
 	id, vm := a.Object.ID, a.Object.VM
-	limited, cancel := context.WithTimeout(ctx, r.o.WithdrawTimeout)
 	failpoint.Hit("withdraw.before")
-	note, err := r.appliers[a.Object.Kind].Withdraw(limited, a.Object)
+	note, err := r.takeAway(ctx, a)
 	failpoint.Hit("withdraw.after")
-	cancel()
 	if err == nil {
-		r.overtake(a.Object)
-		r.o.Log.Info("withdrawn", "object", id, "vm", vm, "why", a.Why, "note", note)
-		if len(a.Object.Owners) > 0 {
-			r.mu.Lock()
-			if done, ok := r.cut[id]; !ok || done.generation <= a.Object.Generation {
-				r.cut[id] = cutObject{a.Object.Generation, note}
-			}
-			r.mu.Unlock()
+		r.o.Log.Info("withdrawn", "object", id, "vm", vm, "verb", a.Verb, "why", a.Why, "note", note)
+		r.mend(id)
+		r.markCut(a, note)
+		if err = r.recordGone(ctx, corner{vm, a.Object.Kind}); err != nil {
+			err = fmt.Errorf("it is done, and the ledger cannot be told: %w", err)
 		}
-		err = r.recordGone(ctx, vm)
-	} else {
-		err = fmt.Errorf("cannot %s: %w", a, err)
+		failpoint.Hit("withdraw.recorded")
 	}
 	if err != nil && ctx.Err() == nil {
-		r.rest(ctx, w, err)
+		pause := r.fail(ctx, a, w.run, err)
+		r.rest(ctx, w, pause)
 	}
 	r.mu.Lock()
-	current := r.withdrawing[id] == w
+	current := r.cutting[id] == w
 	if current {
-		delete(r.withdrawing, id)
-		if err == nil {
-			delete(r.pauses, id)
-		}
+		delete(r.cutting, id)
 	}
 	r.mu.Unlock()
-	if current {
+	if current && (a.Verb == Withdraw || err != nil) {
 		r.Wake(vm)
 	}
 }
 
-// rest waits after a failed withdrawal, longer each time. Whoever finds it
-// resting may begin another one at once.
-func (r *Reconciler) rest(ctx context.Context, w *withdrawal, err error) {
+func (r *Reconciler) takeAway(ctx context.Context, a Action) (note string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, r.o.WithdrawTimeout)
+	defer cancel()
+	applier := r.appliers[a.Object.Kind]
+	if a.Verb == Release {
+		// Who has just joined the others is charged as with any application, and
+		// left out where that cannot be.
+		_, unpaid := r.charge(ctx, a.Object)
+		if unpaid != nil {
+			r.o.Log.Warn("cannot charge a use", "object", a.Object.ID, "err", unpaid)
+		}
+		a.Object.Owners = r.entitled(a.Object)
+	}
+	if a.Verb == Release && len(a.Object.Owners) > 0 {
+		// Its note says how it is made for the others; nothing was done by force.
+		_, err = applier.Apply(ctx, a.Object)
+	} else {
+		note, err = applier.Withdraw(ctx, a.Object)
+	}
+	if err == nil {
+		r.overtake(a)
+	}
+	return note, err
+}
+
+// rest waits after a failure. Whoever finds it resting may begin another step,
+// unless the pause is meant for that too.
+func (r *Reconciler) rest(ctx context.Context, w *cutting, pause time.Duration) {
 	r.mu.Lock()
 	w.resting = true
-	pause := max(firstPause, r.pauses[w.object.ID])
-	r.pauses[w.object.ID] = min(2*pause, longestPause)
 	r.mu.Unlock()
-	r.o.Log.Warn("cannot withdraw yet", "object", w.object.ID, "vm", w.object.VM, "err", err, "again_in", pause)
-	timer := time.NewTimer(pause + rand.N(pause/2))
+	timer := time.NewTimer(pause)
 	defer timer.Stop()
 	select {
 	case <-ctx.Done():
@@ -132,12 +195,12 @@ func (r *Reconciler) rest(ctx context.Context, w *withdrawal, err error) {
 	}
 }
 
-// busy tells whether a withdrawal from the VM is under way.
-func (r *Reconciler) busy(vm uuid.UUID) bool {
+// busy tells whether anything is being taken away in a corner.
+func (r *Reconciler) busy(c corner) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, w := range r.withdrawing {
-		if w.object.VM == vm {
+	for _, w := range r.cutting {
+		if w.action.Object.VM == c.vm && w.action.Object.Kind == c.kind {
 			return true
 		}
 	}
@@ -185,7 +248,7 @@ func (r *Reconciler) endReason(v view, lost map[string]Observed, g ledger.Grant)
 func (r *Reconciler) recordEnds(ctx context.Context, v view, lost map[string]Observed) (bool, error) {
 	var ends []ledger.Event
 	for _, g := range v.grants {
-		if g.State == ledger.Revoking || r.kinds[g.Capability.Kind] == nil {
+		if g.State == ledger.Revoking {
 			continue
 		}
 		if reason, ended := r.endReason(v, lost, g); ended {
@@ -195,59 +258,123 @@ func (r *Reconciler) recordEnds(ctx context.Context, v view, lost map[string]Obs
 	return len(ends) > 0, r.append(ctx, ends)
 }
 
-// cutObject is an object that was withdrawn, and in which generation.
-type cutObject struct {
+// share is what one grant has of an object.
+type share struct {
+	object string
+	grant  uuid.UUID
+}
+
+// cutShare is a share that was taken away, and in which generation.
+type cutShare struct {
+	vm         uuid.UUID
 	generation uint64
 	note       string // what had to be done by force
 }
 
-// recordGone moves the grants of a VM all of whose objects are cut to revoked,
-// and says where that took force. An object is cut when it was withdrawn in the
-// generation that the grant's end gave it, so that nothing can make it again.
-func (r *Reconciler) recordGone(ctx context.Context, vm uuid.UUID) error {
-	var ending []ledger.Grant
-	r.o.Ledger.View(func(s *ledger.State) {
-		ending = s.Grants(ledger.Filter{Holder: vm, States: []ledger.GrantState{ledger.Revoking}})
-	})
-	var gone []ledger.Event
-	var objects []string
-	for _, g := range ending {
-		if kind := r.kinds[g.Capability.Kind]; kind != nil && r.isCut(kind.Objects(g)) {
-			for _, o := range kind.Objects(g) {
-				objects = append(objects, o.ID)
-				if note := r.force(o.ID); note != "" && g.Degraded == "" {
-					gone = append(gone, change(ledger.GrantDegraded, g.ID, note))
-				}
-			}
-			gone = append(gone, change(ledger.GrantRevoked, g.ID, ""))
+// markCut notes that grants which have ended have nothing of an object any more.
+func (r *Reconciler) markCut(a Action, note string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, g := range a.Ended {
+		key := share{a.Object.ID, g}
+		if done, ok := r.cut[key]; !ok || done.generation <= a.generation {
+			r.cut[key] = cutShare{a.Object.VM, a.generation, note}
 		}
 	}
-	if err := r.append(ctx, gone); err != nil {
-		return err
-	}
-	failpoint.Hit("withdraw.recorded")
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, id := range objects {
-		delete(r.cut, id)
-	}
-	return nil
 }
 
-// force is what had to be done to cut an object.
-func (r *Reconciler) force(object string) string {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.cut[object].note
+// parted notes what the world says of shared objects: that they are there, and
+// not for grants that have ended.
+func (r *Reconciler) parted(v view) {
+	for _, e := range v.ending {
+		for _, o := range v.observed {
+			d := slices.IndexFunc(v.desired, func(d Object) bool { return d.ID == e.ID })
+			if o.ID == e.ID && d >= 0 && o.Presence == Present && o.Owners != nil && o.Generation >= v.desired[d].Generation && !sharesAny(o.Owners, e.Owners) {
+				r.markCut(Action{Object: e, Ended: e.Owners, generation: e.Generation}, "")
+			}
+		}
+	}
 }
 
-func (r *Reconciler) isCut(objects []Object) bool {
+// isCut tells whether what an action takes away is known to be gone.
+func (r *Reconciler) isCut(a Action) bool {
+	if len(a.Ended) == 0 {
+		return false
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return !slices.ContainsFunc(a.Ended, func(g uuid.UUID) bool {
+		done, ok := r.cut[share{a.Object.ID, g}]
+		return !ok || done.generation < a.generation
+	})
+}
+
+// hasNothing tells whether a grant that has ended was cut off from all of its
+// objects, and what took force. An object is cut when it was withdrawn in the
+// generation that the grant's end gave it, so that nothing can make it again, or,
+// of one that others own too, when it was applied for these alone.
+func (r *Reconciler) hasNothing(g ledger.Grant) (force string, cut bool) {
+	objects := r.ObjectsOf(g)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, o := range objects {
-		if done, ok := r.cut[o.ID]; !ok || done.generation < o.Generation {
-			return false
+		done, ok := r.cut[share{o.ID, g.ID}]
+		if !ok || done.generation < o.Generation {
+			return "", false
+		}
+		if force == "" {
+			force = done.note
 		}
 	}
-	return true
+	return force, true
+}
+
+// recordGone moves the grants of a corner all of whose objects are cut to
+// revoked, and says where that took force.
+func (r *Reconciler) recordGone(ctx context.Context, c corner) error {
+	var ending []ledger.Grant
+	r.o.Ledger.View(func(s *ledger.State) { ending = r.held(s, c, ledger.Revoking) })
+	var events []ledger.Event
+	for _, g := range ending {
+		force, cut := r.hasNothing(g)
+		if !cut {
+			continue
+		}
+		if g.Troubled != "" {
+			events = append(events, change(ledger.GrantRecovered, g.ID, ""))
+		}
+		if force != "" && g.Degraded == "" {
+			events = append(events, change(ledger.GrantDegraded, g.ID, force))
+		}
+		events = append(events, change(ledger.GrantRevoked, g.ID, ""))
+	}
+	if err := r.append(ctx, events); err != nil {
+		return err
+	}
+	r.forgetCut(c)
+	return nil
+}
+
+// forgetCut drops what was noted of grants whose end is on record.
+func (r *Reconciler) forgetCut(c corner) {
+	var noted []share
+	r.mu.Lock()
+	for key, done := range r.cut {
+		if done.vm == c.vm {
+			noted = append(noted, key)
+		}
+	}
+	r.mu.Unlock()
+	// Never the ledger with r.mu held: whoever looks at the ledger takes r.mu.
+	r.o.Ledger.View(func(s *ledger.State) {
+		noted = slices.DeleteFunc(noted, func(key share) bool {
+			g, _ := s.Grant(key.grant)
+			return !g.State.Final()
+		})
+	})
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, key := range noted {
+		delete(r.cut, key)
+	}
 }

@@ -224,7 +224,7 @@ func TestMadeAfterALook(t *testing.T) {
 	made := func() bool {
 		g.r.mu.Lock()
 		defer g.r.mu.Unlock()
-		return g.r.seen["o-"+id.String()] == "run-2"
+		return g.r.seen["o-"+id.String()].run == "run-2"
 	}
 	p.mu.Lock()
 	p.slow = func(seen []Observed) {

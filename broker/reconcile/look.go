@@ -3,6 +3,7 @@ package reconcile
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/google/uuid"
@@ -12,7 +13,8 @@ import (
 
 // view is what one pass works from.
 type view struct {
-	grants    []ledger.Grant // of the VM, not final
+	corner    corner
+	grants    []ledger.Grant // of the VM and kind, not final
 	live      map[uuid.UUID]error
 	instances map[uuid.UUID]string
 	desired   []Object
@@ -21,94 +23,195 @@ type view struct {
 	plan      []Action
 }
 
-func (r *Reconciler) look(ctx context.Context, vm uuid.UUID) (view, error) {
-	v := view{live: map[uuid.UUID]error{}}
+// desire looks at the ledger alone.
+func (r *Reconciler) desire(c corner) view {
+	v := view{corner: c, live: map[uuid.UUID]error{}}
+	// Before the look: what is revoked before its VM runs is not planned for the
+	// run.
+	v.instances = r.o.Instances()
+	r.o.Ledger.View(func(s *ledger.State) {
+		v.grants = r.held(s, c, ledger.Pending, ledger.Active, ledger.Revoking)
+		for _, g := range v.grants {
+			v.live[g.ID] = r.Live(s, g.ID)
+		}
+		v.desired = Objects(r.kinds, v.grants, func(g ledger.Grant) bool { return v.live[g.ID] == nil })
+		v.ending = Objects(r.kinds, v.grants, func(g ledger.Grant) bool { return v.live[g.ID] != nil })
+		v.needs(s)
+	})
+	v.desired = raise(v.desired, v.ending)
+	r.mu.Lock()
+	for i := range v.desired {
+		o := &v.desired[i]
+		o.Generation = max(o.Generation, r.floors[o.ID])
+	}
+	r.mu.Unlock()
+	r.needs(v)
+	return v
+}
+
+// held are a VM's grants of one kind.
+func (r *Reconciler) held(s *ledger.State, c corner, states ...ledger.GrantState) []ledger.Grant {
+	return slices.DeleteFunc(s.Grants(ledger.Filter{Holder: c.vm, States: states}), func(g ledger.Grant) bool {
+		return g.Capability.Kind != c.kind
+	})
+}
+
+// needs makes another run of a VM that an object needs a newer generation of it.
+// A run that is not on record yet is not there yet.
+func (v *view) needs(s *ledger.State) {
+	unsaid := map[uuid.UUID]bool{}
+	for i := range v.desired {
+		o := &v.desired[i]
+		for _, vm := range o.Needs {
+			o.Generation = max(o.Generation, s.RunChanged(vm))
+			if run, on := s.Running(vm); vm != o.VM && (!on || run != v.instances[vm]) {
+				unsaid[vm] = true
+			}
+		}
+	}
+	if len(unsaid) > 0 {
+		v.instances = maps.Clone(v.instances)
+		maps.DeleteFunc(v.instances, func(vm uuid.UUID, _ string) bool { return unsaid[vm] })
+	}
+}
+
+// needs notes which VMs the objects of a corner need.
+func (r *Reconciler) needs(v view) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for vm, who := range r.needed {
+		delete(who, v.corner)
+		if len(who) == 0 {
+			delete(r.needed, vm)
+			delete(r.runs, vm)
+		}
+	}
+	for _, o := range v.desired {
+		for _, vm := range o.Needs {
+			if r.needed[vm] == nil {
+				r.needed[vm] = map[corner]bool{}
+			}
+			r.needed[vm][v.corner] = true
+		}
+	}
+}
+
+func (r *Reconciler) look(ctx context.Context, c corner) (view, error) {
 	// The world is looked at between two looks at the ledger. What is observed
 	// without a grant by the second look has none: an object's grant is on
 	// record before it. What was confirmed by the first and is not observed is
 	// gone: a grant becomes active after its object.
-	confirmed := map[string]string{} // the runs that the objects of active grants were seen in
+	confirmed := map[string]sight{} // where the objects of active grants were seen
 	r.o.Ledger.View(func(s *ledger.State) {
-		for _, g := range s.Grants(ledger.Filter{Holder: vm, States: []ledger.GrantState{ledger.Active}}) {
-			r.seenIn(g, confirmed)
+		for _, g := range r.held(s, c, ledger.Active) {
+			r.sawOf(g, confirmed)
 		}
 	})
-	for _, a := range r.o.Appliers {
-		seen, err := a.Observe(ctx, vm)
-		if err != nil {
-			return v, fmt.Errorf("cannot observe %s of VM %s: %w", a.Kind(), vm, err)
-		}
-		v.observed = append(v.observed, seen...)
+	observed, err := r.observe(ctx, c)
+	if err != nil {
+		return view{corner: c}, err
 	}
 	now := r.o.Clock.Now()
-	// Before the second look: what is revoked before its VM runs is not planned for
-	// the run.
-	v.instances = r.o.Instances()
-	r.o.Ledger.View(func(s *ledger.State) {
-		v.grants = s.Grants(ledger.Filter{Holder: vm, States: []ledger.GrantState{ledger.Pending, ledger.Active, ledger.Revoking}})
-		for _, g := range v.grants {
-			v.live[g.ID] = r.Live(s, g.ID)
-		}
-	})
-	alive := func(g ledger.Grant) bool { return v.live[g.ID] == nil }
-	dead := func(g ledger.Grant) bool { return v.live[g.ID] != nil }
-	v.desired = Objects(r.kinds, v.grants, alive)
-	v.ending = Objects(r.kinds, v.grants, dead)
+	v := r.desire(c)
+	v.observed = observed
 	r.saw(v)
-	v.observed = append(v.observed, r.missing(ctx, v, confirmed, v.instances[vm])...)
+	v.observed = append(v.observed, r.missing(ctx, v, confirmed)...)
 	v.plan = Plan(v.desired, v.ending, v.observed, v.instances, now)
+	v.confirm()
 	return v, nil
 }
 
-// seenIn tells the runs in which the objects of an active grant were last seen:
-// that in which it became active, or, of a grant that persists, a later one.
-func (r *Reconciler) seenIn(g ledger.Grant, runs map[string]string) {
-	kind := r.kinds[g.Capability.Kind]
-	if kind == nil {
-		return
+func (r *Reconciler) observe(ctx context.Context, c corner) ([]Observed, error) {
+	ctx, cancel := context.WithTimeout(ctx, r.o.ObserveTimeout)
+	defer cancel()
+	seen, err := r.appliers[c.kind].Observe(ctx, c.vm)
+	if err != nil {
+		return nil, fmt.Errorf("cannot observe %s of VM %s: %w", c.kind, c.vm, err)
 	}
+	return seen, nil
+}
+
+// confirm plans to apply once more what is there already while a grant that owns
+// it is pending: its broker stopped before it could say so, and that is how the
+// next one learns the outcome.
+func (v *view) confirm() {
+	state := map[uuid.UUID]ledger.GrantState{}
+	for _, g := range v.grants {
+		state[g.ID] = g.State
+	}
+	var more []Action
+	for _, d := range v.desired {
+		planned := slices.ContainsFunc(v.plan, func(a Action) bool { return a.Object.ID == d.ID })
+		present := slices.ContainsFunc(v.observed, func(o Observed) bool {
+			return o.ID == d.ID && (o.Presence == Present || o.Presence == Arriving)
+		})
+		pending := slices.ContainsFunc(d.Owners, func(g uuid.UUID) bool { return state[g] == ledger.Pending })
+		if present && pending && !planned {
+			d.Instance = v.instances[v.corner.vm]
+			more = append(more, Action{Verb: Apply, Object: d, Why: "its grant is not confirmed"})
+		}
+	}
+	wait := slices.IndexFunc(v.plan, func(a Action) bool { return a.Verb == Wait })
+	if wait < 0 {
+		wait = len(v.plan)
+	}
+	v.plan = slices.Insert(v.plan, wait, more...)
+}
+
+// sawOf tells where the objects of an active grant were last seen: in the run in
+// which it became active, or, of a grant that persists, in a later one.
+func (r *Reconciler) sawOf(g ledger.Grant, where map[string]sight) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, o := range kind.Objects(g) {
-		run, ok := r.seen[o.ID]
+	for _, o := range r.kinds[g.Capability.Kind].Objects(g) {
+		at, ok := r.seen[o.ID]
 		if !ok {
-			run = g.Instance
+			at = sight{g.Instance, max(o.Generation, where[o.ID].generation)}
 		}
-		runs[o.ID] = run
+		where[o.ID] = at
 	}
 }
 
-// saw notes in which run the objects of live grants are there.
+// saw notes where the objects of live grants are.
 func (r *Reconciler) saw(v view) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, o := range v.observed {
 		if o.Presence == Present && slices.ContainsFunc(v.desired, func(d Object) bool { return d.ID == o.ID }) {
-			r.seen[o.ID] = o.Instance
+			r.seen[o.ID] = sight{o.Instance, o.Generation}
 		}
 	}
 }
 
 // missing reports as gone what an active grant was confirmed to have in this
-// run of its VM and nobody sees any more.
-func (r *Reconciler) missing(ctx context.Context, v view, confirmed map[string]string, instance string) []Observed {
+// run of its VM and nobody sees any more. What was there only in an older
+// generation has yet to be made.
+func (r *Reconciler) missing(ctx context.Context, v view, confirmed map[string]sight) []Observed {
+	instance := v.instances[v.corner.vm]
+	if instance == "" {
+		return nil
+	}
 	var out []Observed
-	for _, g := range v.grants {
-		kind := r.kinds[g.Capability.Kind]
-		if kind == nil || g.State != ledger.Active || instance == "" {
+	for _, d := range v.desired {
+		at, ok := confirmed[d.ID]
+		there := slices.ContainsFunc(v.observed, func(seen Observed) bool { return seen.ID == d.ID })
+		if !ok || there || at.run != instance || at.generation < d.Generation && r.remade(d, at) || !r.goesOn(ctx, d, instance) {
 			continue
 		}
-		for _, o := range kind.Objects(g) {
-			there := slices.ContainsFunc(v.observed, func(seen Observed) bool { return seen.ID == o.ID })
-			if confirmed[o.ID] == instance && !there && r.goesOn(ctx, o, instance) {
-				out = append(out, Observed{
-					ID: o.ID, Kind: o.Kind, VM: o.VM, Instance: instance, Generation: o.Generation,
-					Presence: Gone, Detail: "what served it has ended",
-				})
-			}
-		}
+		out = append(out, Observed{
+			ID: d.ID, Kind: d.Kind, VM: d.VM, Instance: instance, Generation: d.Generation,
+			Presence: Gone, Detail: "what served it has ended",
+		})
 	}
 	return out
+}
+
+// remade tells whether a newer generation of an object is another thing, and not
+// the same with, say, a later deadline.
+func (r *Reconciler) remade(d Object, at sight) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(d.Needs) > 0 || len(d.Owners) > 1 || r.floors[d.ID] > at.generation
 }
 
 // goesOn tells whether the run of an object's VM goes on. If it does, what was
@@ -118,6 +221,8 @@ func (r *Reconciler) goesOn(ctx context.Context, o Object, instance string) bool
 	if !ok {
 		return true
 	}
+	ctx, cancel := context.WithTimeout(ctx, r.o.ObserveTimeout)
+	defer cancel()
 	now, err := teller.Run(ctx, o.VM)
 	return err == nil && now == instance
 }

@@ -10,65 +10,11 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	"golang.org/x/sync/errgroup"
 
 	"spectrum-os.org/broker/broker/ledger"
 	"spectrum-os.org/broker/capabilities"
 	"spectrum-os.org/broker/clock"
-	"spectrum-os.org/broker/failpoint"
 )
-
-// Applier makes the objects of one kind exist or not, and says which exist.
-// All methods may be called at once.
-type Applier interface {
-	Kind
-	// Observe returns the objects of this kind in one VM. An object that it
-	// does not return does not exist, so it fails rather than guess.
-	Observe(ctx context.Context, vm uuid.UUID) ([]Observed, error)
-	// Apply returns when the object is there, with a note for people or "". It
-	// fails with [ErrNotNow] where the VM's run ended, or has yet to begin.
-	Apply(ctx context.Context, o Object) (note string, err error)
-	// Withdraw returns when nothing of the object gives access any more, and
-	// makes sure that an Apply of an older generation fails from then on. The
-	// note says what had to be done by force, or is "".
-	Withdraw(ctx context.Context, o Object) (note string, err error)
-}
-
-// ErrNotNow says that an application found no run of the VM to apply to. It
-// speaks against no grant: those tied to the run end with it, and any other
-// waits for the next one.
-var ErrNotNow = errors.New("the VM does not run just now")
-
-// Checker is an [Applier] that can tell before there is a grant that a
-// capability cannot be applied.
-type Checker interface {
-	Check(ctx context.Context, c capabilities.Capability) error
-}
-
-// AgentFollower is an [Applier] that has a VM's agent do something for each
-// object, and asks again when an agent comes back.
-type AgentFollower interface {
-	// AgentBack fails with [ErrNotNow] where the agent was not asked.
-	AgentBack(ctx context.Context, o Object) error
-}
-
-// RunTeller is an [Applier] that knows the present run of a VM from the world,
-// behind which Options.Instances may be.
-type RunTeller interface {
-	Run(ctx context.Context, vm uuid.UUID) (instance string, err error)
-}
-
-// Placer is an [Applier] whose objects have a place inside the VM.
-type Placer interface {
-	// Place is where the VM finds what was granted, or "".
-	Place(g ledger.Grant) string
-}
-
-// Ledger is what the reconciler needs of the ledger.
-type Ledger interface {
-	View(fn func(s *ledger.State))
-	Update(ctx context.Context, fn func(tx *ledger.Tx) error) ([]ledger.Event, error)
-}
 
 // Options are what a [Reconciler] works with.
 type Options struct {
@@ -79,16 +25,24 @@ type Options struct {
 	// something now.
 	Instances func() map[uuid.UUID]string
 	Log       *slog.Logger
+	Meter     Meter // may be nil
 	// Sweep is how often each VM is looked at without a wake-up. Default 10 s.
 	Sweep time.Duration
-	// ApplyTimeout bounds one application. Default 60 s.
+	// ObserveTimeout bounds one look at the world. Default 15 s.
+	ObserveTimeout time.Duration
+	// ApplyTimeout bounds one application, after which it is tried again.
+	// Default 60 s.
 	ApplyTimeout time.Duration
 	// WithdrawTimeout bounds the wait for one withdrawal, after which it is
 	// tried again. Default 30 s.
 	WithdrawTimeout time.Duration
+	// Patience is how long an application may keep others of its VM and kind from
+	// beginning. Default 5 s.
+	Patience time.Duration
 }
 
-// Reconciler holds one pair of lanes for each VM it was woken for.
+// Reconciler holds, for each VM that it was woken for and each kind, a pair of
+// lanes.
 type Reconciler struct {
 	o        Options
 	kinds    map[string]Kind
@@ -97,52 +51,81 @@ type Reconciler struct {
 	stop     context.CancelFunc
 	wg       sync.WaitGroup
 
-	mu        sync.Mutex
-	vms       map[uuid.UUID]*lanes
-	failures  map[uuid.UUID]error
-	missed    map[string]bool   // objects that are there and that no agent took up
-	caughtUp  map[string]bool   // objects that an agent took up later than their grants say
-	seen      map[string]string // the run in which an object was last there
-	applying  map[string]application
+	mu       sync.Mutex
+	lanes    map[corner]*lanes
+	failures map[uuid.UUID]error
+	missed   map[string]bool  // objects that are there and that no agent took up
+	caughtUp map[string]bool  // objects that an agent took up later than their grants say
+	seen     map[string]sight // where an object was last there
+	// By object id: what is being made and what is being taken away, and what
+	// failed and waits before it is tried again.
+	applying  map[string]*application
 	extending map[string]uint64 // the generations that are being told to objects
-	// By object id: withdrawals under way, the pause after the next failure of
-	// one, and the generations that were withdrawn of objects whose grants are
-	// not yet on record as revoked.
-	withdrawing map[string]*withdrawal
-	pauses      map[string]time.Duration
-	cut         map[string]cutObject
-	barred      map[uuid.UUID]bool // grants that give nothing, whatever the ledger says
+	cutting   map[string]*cutting
+	troubles  map[string]*trouble
+	// cut holds what was taken from grants whose end is not yet on record.
+	cut map[share]cutShare
+	// floors are, by object id, the generations below which nothing is made any
+	// more, though no grant is left that says so.
+	floors map[string]uint64
+	barred map[uuid.UUID]bool // grants that give nothing, whatever the ledger says
+	// needed are, by VM, those that have objects which need it, and runs the runs
+	// in which they were last woken for it.
+	needed map[uuid.UUID]map[corner]bool
+	runs   map[uuid.UUID]string
 }
 
-type lanes struct{ cut, apply chan struct{} }
+// corner is the part of the world that a pair of lanes owns: the objects of one
+// kind in one VM. No corner waits for another.
+type corner struct {
+	vm   uuid.UUID
+	kind string
+}
 
-// applyWidth is how many objects of one VM are made at once. Withdrawals know
-// no such bound.
+type lanes struct {
+	cut, apply chan struct{}
+	// slots bounds how many objects are made at once. Withdrawals know no such
+	// bound.
+	slots chan struct{}
+}
+
+// applyWidth is how many objects of one kind are made at once in a VM.
 const applyWidth = 4
 
-// A lane and a withdrawal that failed pause so long before they try again.
-const firstPause, longestPause = 50 * time.Millisecond, 10 * time.Second
+// sight is where an object was last seen to be there.
+type sight struct {
+	run        string
+	generation uint64
+}
 
 // New returns a reconciler that runs until Close.
 func New(o Options) *Reconciler {
-	if o.Sweep == 0 {
-		o.Sweep = 10 * time.Second
-	}
-	if o.ApplyTimeout == 0 {
-		o.ApplyTimeout = time.Minute
-	}
-	if o.WithdrawTimeout == 0 {
-		o.WithdrawTimeout = 30 * time.Second
+	for _, d := range []struct {
+		v         *time.Duration
+		otherwise time.Duration
+	}{
+		{&o.Sweep, 10 * time.Second},
+		{&o.ObserveTimeout, 15 * time.Second},
+		{&o.ApplyTimeout, time.Minute},
+		{&o.WithdrawTimeout, 30 * time.Second},
+		{&o.Patience, 5 * time.Second},
+	} {
+		if *d.v == 0 {
+			*d.v = d.otherwise
+		}
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
+	if o.Meter == nil {
+		o.Meter = noMeter{}
+	}
 	r := &Reconciler{
 		o: o, kinds: map[string]Kind{}, appliers: map[string]Applier{},
-		vms: map[uuid.UUID]*lanes{}, failures: map[uuid.UUID]error{}, missed: map[string]bool{}, caughtUp: map[string]bool{}, seen: map[string]string{}, applying: map[string]application{},
-		extending:   map[string]uint64{},
-		withdrawing: map[string]*withdrawal{}, pauses: map[string]time.Duration{}, cut: map[string]cutObject{},
-		barred: map[uuid.UUID]bool{},
+		lanes: map[corner]*lanes{}, failures: map[uuid.UUID]error{}, missed: map[string]bool{}, caughtUp: map[string]bool{}, seen: map[string]sight{},
+		applying: map[string]*application{}, extending: map[string]uint64{}, cutting: map[string]*cutting{}, troubles: map[string]*trouble{},
+		cut: map[share]cutShare{}, floors: map[string]uint64{}, barred: map[uuid.UUID]bool{},
+		needed: map[uuid.UUID]map[corner]bool{}, runs: map[uuid.UUID]string{},
 	}
 	for _, a := range o.Appliers {
 		r.kinds[a.Kind()], r.appliers[a.Kind()] = a, a
@@ -161,26 +144,123 @@ func (r *Reconciler) Close() {
 // Knows tells whether an applier exists for the capability kind.
 func (r *Reconciler) Knows(kind string) bool { return r.appliers[kind] != nil }
 
-// Wake says that something about the VM may have changed.
+// Wake says that something about the VM may have changed. It also wakes the VMs
+// that have objects which need it, if another run of it began, or the last one
+// ended.
 func (r *Reconciler) Wake(vm uuid.UUID) {
 	if r.ctx.Err() != nil {
 		return
 	}
-	r.mu.Lock()
-	l, ok := r.vms[vm]
-	if !ok {
-		l = &lanes{make(chan struct{}, 1), make(chan struct{}, 1)}
-		r.vms[vm] = l
-		r.lane(vm, "withdraw", l.cut, r.cutPass)
-		r.lane(vm, "apply", l.apply, r.applyPass)
+	for kind := range r.appliers {
+		r.wake(corner{vm, kind})
 	}
+	r.mu.Lock()
+	some := len(r.needed[vm]) > 0
 	r.mu.Unlock()
-	for _, c := range []chan struct{}{l.cut, l.apply} {
-		select {
-		case c <- struct{}{}:
-		default: // one wake-up waits already, and the pass it causes sees all
+	if !some {
+		return
+	}
+	run := r.o.Instances()[vm]
+	r.mu.Lock()
+	var who []corner
+	if last, known := r.runs[vm]; !known || last != run {
+		for c := range r.needed[vm] {
+			who = append(who, c)
 		}
 	}
+	r.runs[vm] = run
+	r.mu.Unlock()
+	for _, c := range who {
+		r.wake(c)
+	}
+}
+
+func (r *Reconciler) wake(c corner) {
+	l := r.laneOf(c)
+	poke(l.cut)
+	poke(l.apply)
+}
+
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default: // one wake-up waits already, and the pass it causes sees all
+	}
+}
+
+// laneOf are the lanes of a corner, which run from the first call on.
+func (r *Reconciler) laneOf(c corner) *lanes {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	l, ok := r.lanes[c]
+	if !ok {
+		l = &lanes{make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{}, applyWidth)}
+		r.lanes[c] = l
+		// One sweep is enough for both: the first lane wakes the second where
+		// there is something to make.
+		r.lane(c, "withdraw", l.cut, r.o.Sweep, r.cutPass)
+		r.lane(c, "apply", l.apply, 0, r.applyPass)
+	}
+	return l
+}
+
+// lane runs pass for one corner whenever it is woken, or the sweep is due; a
+// sweep of zero is never. A pass that fails is tried again after a growing,
+// jittered pause.
+func (r *Reconciler) lane(c corner, name string, wake <-chan struct{}, sweep time.Duration, pass func(context.Context, corner) error) {
+	if r.ctx.Err() != nil {
+		return
+	}
+	r.wg.Go(func() {
+		pause := time.Duration(0)
+		wait := jittered(sweep, 8)
+		for {
+			var due <-chan time.Time
+			timer := time.NewTimer(wait)
+			if wait > 0 {
+				due = timer.C
+			}
+			select {
+			case <-r.ctx.Done():
+				timer.Stop()
+				return
+			case <-wake:
+			case <-due:
+			}
+			timer.Stop()
+			began := time.Now()
+			err := pass(r.ctx, c)
+			if r.ctx.Err() != nil {
+				return
+			}
+			r.o.Meter.Passed(name, time.Since(began))
+			if err == nil {
+				pause, wait = 0, jittered(sweep, 8)
+				continue
+			}
+			level := slog.LevelWarn
+			if errors.Is(err, ErrNotNow) {
+				level = slog.LevelDebug // its next run, or its end, wakes the lanes
+			}
+			pause = next(pause)
+			wait = jittered(pause, 2)
+			r.o.Log.Log(r.ctx, level, "cannot reconcile yet", "vm", c.vm, "kind", c.kind, "lane", name, "err", err, "again_in", wait)
+		}
+	})
+}
+
+// What failed is tried again after so long, and each time after twice as long.
+const firstPause, longestPause = 50 * time.Millisecond, 10 * time.Second
+
+func next(pause time.Duration) time.Duration { return min(max(2*pause, firstPause), longestPause) }
+
+// jittered is d and up to one part more, so that what began together does not
+// come again together.
+func jittered(d time.Duration, parts int64) time.Duration {
+	if part := int64(d) / parts; part > 0 {
+		d += time.Duration(rand.Int64N(part))
+	}
+	return d
 }
 
 // Check says why a capability cannot be applied, if that can be told.
@@ -189,42 +269,6 @@ func (r *Reconciler) Check(ctx context.Context, c capabilities.Capability) error
 		return checker.Check(ctx, c)
 	}
 	return nil
-}
-
-// agentDid says whether an agent that was asked again took up an object.
-func (r *Reconciler) agentDid(object string, took bool) {
-	r.setMissed(object, !took)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if took {
-		r.caughtUp[object] = true
-	} else {
-		delete(r.caughtUp, object)
-	}
-}
-
-// Reason is what there is to say of a grant: what is on record, unless that is
-// that no agent took it up, and one has since.
-func (r *Reconciler) Reason(g ledger.Grant) string {
-	if g.State != ledger.Active || g.Reason == "" {
-		return g.Reason
-	}
-	objects := r.ObjectsOf(g)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if len(objects) == 0 || slices.ContainsFunc(objects, func(o Object) bool { return !r.caughtUp[o.ID] }) {
-		return g.Reason
-	}
-	return ""
-}
-
-// Place is where the VM finds what was granted, or "".
-func (r *Reconciler) Place(g ledger.Grant) string {
-	g.Reason = r.Reason(g)
-	if placer, ok := r.appliers[g.Capability.Kind].(Placer); ok {
-		return placer.Place(g)
-	}
-	return ""
 }
 
 // ObjectsOf are the objects that a grant needs, whatever its state.
@@ -250,221 +294,12 @@ func (r *Reconciler) Sight(ctx context.Context, vm uuid.UUID) (map[string]Observ
 	return out, nil
 }
 
-// AgentAnswers says that the VM's agent answers; back, that it did not before.
-// An agent that is back is asked for all objects, since it may have lost them,
-// any other for those that it missed: it may have been replaced unseen.
-func (r *Reconciler) AgentAnswers(ctx context.Context, vm uuid.UUID, back bool) {
-	r.mu.Lock()
-	some := len(r.missed) > 0
-	r.mu.Unlock()
-	if !back && !some {
-		return
-	}
-	v, err := r.look(ctx, vm)
-	if err != nil {
-		r.o.Log.Warn("cannot tell a VM's agent what it missed", "vm", vm, "err", err)
-		return
-	}
-	for _, o := range v.desired {
-		follower, ok := r.appliers[o.Kind].(AgentFollower)
-		there := slices.ContainsFunc(v.observed, func(seen Observed) bool { return seen.ID == o.ID && seen.Presence == Present })
-		if !ok || !there || !back && !r.hasMissed(o.ID) {
-			continue
-		}
-		err := follower.AgentBack(ctx, o)
-		if !errors.Is(err, ErrNotNow) {
-			r.agentDid(o.ID, err == nil)
-		}
-		if err != nil {
-			r.o.Log.Warn("cannot tell a VM's agent what it missed", "vm", vm, "object", o.ID, "err", err)
-		}
-	}
-}
-
-// application is an Apply under way.
-type application struct {
-	generation uint64
-	cancel     context.CancelFunc
-}
-
-// overtake ends what still waits for an object that was withdrawn, such as an
-// agent's answer, which would hold up the VM's other grants.
-func (r *Reconciler) overtake(o Object) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.missed, o.ID)
-	delete(r.caughtUp, o.ID)
-	delete(r.seen, o.ID)
-	if a, ok := r.applying[o.ID]; ok && a.generation <= o.Generation {
-		a.cancel()
-	}
-}
-
-func (r *Reconciler) hasMissed(object string) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.missed[object]
-}
-
-func (r *Reconciler) setMissed(object string, missed bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if missed {
-		r.missed[object] = true
-	} else {
-		delete(r.missed, object)
-	}
-}
-
 // Failure is why a grant that failed did, with the error's type, while this
 // process remembers it.
 func (r *Reconciler) Failure(grant uuid.UUID) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.failures[grant]
-}
-
-// lane runs pass for one VM whenever it is woken, or the sweep is due. A pass
-// that fails is tried again after a growing, jittered pause.
-func (r *Reconciler) lane(vm uuid.UUID, name string, wake <-chan struct{}, pass func(context.Context, uuid.UUID) error) {
-	r.wg.Go(func() {
-		pause := firstPause
-		wait := r.o.Sweep
-		for {
-			timer := time.NewTimer(wait)
-			select {
-			case <-r.ctx.Done():
-				timer.Stop()
-				return
-			case <-wake:
-			case <-timer.C:
-			}
-			timer.Stop()
-			wait = r.o.Sweep
-			if err := pass(r.ctx, vm); err != nil && r.ctx.Err() == nil {
-				level := slog.LevelWarn
-				if errors.Is(err, ErrNotNow) {
-					level = slog.LevelDebug // its next run, or its end, wakes the lanes
-				}
-				r.o.Log.Log(r.ctx, level, "cannot reconcile yet", "vm", vm, "lane", name, "err", err, "again_in", pause)
-				wait = pause + rand.N(pause/2)
-				pause = min(2*pause, longestPause)
-				continue
-			}
-			pause = firstPause
-		}
-	})
-}
-
-// Preview returns what the reconciler would do for the VM if extra were
-// granted as well, and touches nothing.
-func (r *Reconciler) Preview(ctx context.Context, vm uuid.UUID, extra ...ledger.Grant) ([]Action, error) {
-	v, err := r.look(ctx, vm)
-	if err != nil {
-		return nil, err
-	}
-	more := Objects(r.kinds, extra, func(ledger.Grant) bool { return true })
-	return Plan(append(v.desired, more...), v.ending, v.observed, v.instances, r.o.Clock.Now()), nil
-}
-
-// applyPass makes what live grants need.
-func (r *Reconciler) applyPass(ctx context.Context, vm uuid.UUID) error {
-	v, err := r.look(ctx, vm)
-	if err != nil {
-		return err
-	}
-	state := map[uuid.UUID]ledger.GrantState{}
-	for _, g := range v.grants {
-		state[g.ID] = g.State
-	}
-	// A grant whose object was already there when the broker stopped, before
-	// it could say so, is applied again: that is how it learns the outcome.
-	actions := append([]Action(nil), v.plan...)
-	for _, d := range v.desired {
-		planned := slices.ContainsFunc(v.plan, func(a Action) bool { return a.Object.ID == d.ID })
-		present := slices.ContainsFunc(v.observed, func(o Observed) bool {
-			return o.ID == d.ID && (o.Presence == Present || o.Presence == Arriving)
-		})
-		pending := slices.ContainsFunc(d.Owners, func(g uuid.UUID) bool { return state[g] == ledger.Pending })
-		if present && pending && !planned {
-			d.Instance = v.instances[vm]
-			actions = append(actions, Action{Apply, d, "its grant is not confirmed"})
-		}
-	}
-	var group errgroup.Group
-	group.SetLimit(applyWidth)
-	for _, a := range actions {
-		if a.Verb != Apply {
-			continue
-		}
-		group.Go(func() error { return r.apply(ctx, a, state) })
-	}
-	return group.Wait()
-}
-
-func (r *Reconciler) apply(ctx context.Context, a Action, state map[uuid.UUID]ledger.GrantState) error {
-	applyCtx, cancel := context.WithTimeout(ctx, r.o.ApplyTimeout)
-	defer cancel()
-	r.mu.Lock()
-	r.applying[a.Object.ID] = application{a.Object.Generation, cancel}
-	r.mu.Unlock()
-	// The plan may be minutes old. Who revokes from here on finds the application
-	// and cancels it.
-	live := false
-	r.o.Ledger.View(func(s *ledger.State) {
-		live = slices.ContainsFunc(a.Object.Owners, func(g uuid.UUID) bool { return r.Live(s, g) == nil })
-	})
-	if !live {
-		r.mu.Lock()
-		delete(r.applying, a.Object.ID)
-		r.mu.Unlock()
-		return nil
-	}
-	if live, err := r.charge(ctx, a.Object); err != nil || !live {
-		r.mu.Lock()
-		delete(r.applying, a.Object.ID)
-		r.mu.Unlock()
-		return err
-	}
-	failpoint.Hit("apply.before")
-	note, err := r.appliers[a.Object.Kind].Apply(applyCtx, a.Object)
-	failpoint.Hit("apply.after")
-	r.mu.Lock()
-	delete(r.applying, a.Object.ID)
-	r.mu.Unlock()
-	if ctx.Err() != nil {
-		return nil // the broker stops; the next one finishes or undoes
-	}
-	if err == nil {
-		r.mu.Lock()
-		r.seen[a.Object.ID] = a.Object.Instance
-		r.mu.Unlock()
-		r.setMissed(a.Object.ID, note != "" && applyCtx.Err() == nil)
-		r.o.Log.Info("applied", "object", a.Object.ID, "vm", a.Object.VM, "why", a.Why, "note", note)
-	}
-	if errors.Is(err, ErrNotNow) {
-		r.o.Log.Debug("not applied yet", "object", a.Object.ID, "vm", a.Object.VM, "why", err)
-		return nil
-	}
-	var moves []ledger.Event
-	for _, g := range a.Object.Owners {
-		switch {
-		case err != nil && state[g] == ledger.Pending:
-			r.remember(g, err)
-			moves = append(moves, change(ledger.GrantFailed, g, err.Error()))
-		case err != nil:
-			moves = append(moves, change(ledger.GrantRevoking, g, err.Error()))
-		case state[g] == ledger.Pending:
-			moves = append(moves, ledger.NewChange(ledger.GrantActive, ledger.Actor{Kind: ledger.ActorBroker}, g,
-				ledger.Change{Reason: note, Instance: a.Object.Instance}))
-		}
-	}
-	if err != nil {
-		r.o.Log.Warn("cannot apply", "object", a.Object.ID, "vm", a.Object.VM, "err", err)
-		// Whatever was made of it before it failed has no owner now.
-		defer r.Wake(a.Object.VM)
-	}
-	return r.append(ctx, moves)
 }
 
 func (r *Reconciler) remember(g uuid.UUID, err error) {
@@ -477,13 +312,13 @@ func (r *Reconciler) remember(g uuid.UUID, err error) {
 	r.failures[g] = err
 }
 
-// append records moves, leaving out those that another move has overtaken.
-func (r *Reconciler) append(ctx context.Context, moves []ledger.Event) error {
-	if len(moves) == 0 {
+// append records events, leaving out those that another one has overtaken.
+func (r *Reconciler) append(ctx context.Context, events []ledger.Event) error {
+	if len(events) == 0 {
 		return nil
 	}
-	events, err := r.o.Ledger.Update(ctx, func(tx *ledger.Tx) error {
-		for _, e := range moves {
+	recorded, err := r.o.Ledger.Update(ctx, func(tx *ledger.Tx) error {
+		for _, e := range events {
 			// No move, so that it is legal twice, and after the grant's end.
 			if g, _ := tx.State().Grant(e.Grant); e.Type == ledger.GrantDegraded && (g.Degraded != "" || g.State.Final()) {
 				continue
@@ -494,7 +329,7 @@ func (r *Reconciler) append(ctx context.Context, moves []ledger.Event) error {
 		}
 		return nil
 	})
-	r.WakeHeirs(events)
+	r.WakeHeirs(recorded)
 	return err
 }
 
@@ -502,18 +337,34 @@ func change(t ledger.EventType, grant uuid.UUID, reason string) ledger.Event {
 	return ledger.NewChange(t, ledger.Actor{Kind: ledger.ActorBroker}, grant, ledger.Change{Reason: reason})
 }
 
-// Settled tells whether nothing is left to do for the VM: no withdrawal and no
-// grant between two states. A grant that waits for its VM to run is settled.
+// Settled tells whether nothing is left to do for the VM: nothing to take away
+// and no grant between two states. A grant that waits, for a VM to run or before
+// it is tried again, is settled.
 func (r *Reconciler) Settled(ctx context.Context, vm uuid.UUID) (bool, error) {
-	v, err := r.look(ctx, vm)
-	if err != nil {
-		return false, err
+	for kind := range r.appliers {
+		v, err := r.look(ctx, corner{vm, kind})
+		if err != nil {
+			return false, err
+		}
+		if r.busy(v.corner) || slices.ContainsFunc(v.plan, func(a Action) bool { return a.Verb.Cuts() }) {
+			return false, nil
+		}
+		for _, g := range v.grants {
+			if g.State == ledger.Revoking || g.State == ledger.Pending && !r.waits(v, g) {
+				return false, nil
+			}
+		}
 	}
-	if r.busy(vm) || slices.ContainsFunc(v.plan, func(a Action) bool { return a.Verb == Withdraw }) {
-		return false, nil
+	return true, nil
+}
+
+// waits tells whether a pending grant can become nothing else just now.
+func (r *Reconciler) waits(v view, g ledger.Grant) bool {
+	if _, running := v.instances[g.Holder]; !running {
+		return true
 	}
-	_, running := r.o.Instances()[vm]
-	return !slices.ContainsFunc(v.grants, func(g ledger.Grant) bool {
-		return g.State == ledger.Revoking || (g.State == ledger.Pending && running)
-	}), nil
+	return slices.ContainsFunc(r.ObjectsOf(g), func(o Object) bool {
+		_, troubled := r.TroubleOf(o.ID)
+		return troubled || slices.ContainsFunc(v.plan, func(a Action) bool { return a.Verb == Wait && a.Object.ID == o.ID })
+	})
 }

@@ -13,6 +13,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 	"sync"
 	"testing"
@@ -154,11 +155,11 @@ func (r *rig) only(want ...reconcile.Object) {
 	seen := r.observe()
 	for _, o := range want {
 		got, ok := seen[o.ID]
-		got.Detail, got.Deadline = "", capabilities.Deadline{}
+		got.Detail, got.Deadline, got.Owners = "", capabilities.Deadline{}, nil
 		is := reconcile.Observed{
 			ID: o.ID, Kind: r.a.Kind(), VM: o.VM, Instance: o.Instance, Generation: o.Generation, Presence: reconcile.Present,
 		}
-		if !ok || got != is {
+		if !ok || !reflect.DeepEqual(got, is) {
 			r.Fatalf("observed %+v, want %+v", got, is)
 		}
 		delete(seen, o.ID)
