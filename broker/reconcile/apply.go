@@ -104,7 +104,7 @@ func (r *Reconciler) doApply(ctx context.Context, p *application, slots chan str
 	case errors.Is(err, ErrNotNow):
 		r.o.Log.Debug("not applied yet", "object", id, "vm", vm, "why", err)
 	default:
-		pause := r.fail(ctx, a, p.run, err)
+		pause := r.fail(ctx, a, p.run, err, longestPause)
 		time.AfterFunc(pause, func() { r.wake(corner{vm, a.Object.Kind}) })
 	}
 	r.mu.Lock()

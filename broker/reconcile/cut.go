@@ -142,7 +142,7 @@ func (r *Reconciler) doCut(ctx context.Context, w *cutting) {
 		failpoint.Hit("withdraw.recorded")
 	}
 	if err != nil && ctx.Err() == nil {
-		pause := r.fail(ctx, a, w.run, err)
+		pause := r.fail(ctx, a, w.run, err, longestPause)
 		r.rest(ctx, w, pause)
 	}
 	r.mu.Lock()

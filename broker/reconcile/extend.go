@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"time"
 
 	"spectrum-os.org/broker/broker/ledger"
@@ -53,9 +52,9 @@ func (r *Reconciler) extendAll(plan []Action) {
 	}
 }
 
-// longestExtendPause is how long after a failure an extension is tried again at
-// the latest. It does not grow: the lease that is renewed would end meanwhile.
-const longestExtendPause = time.Second
+// longestExtendPause bounds, but for its jitter, the pause after an extension that
+// failed: the lease that is renewed would end meanwhile.
+const longestExtendPause = 700 * time.Millisecond
 
 // extend tries once, and tells whether the VM is to be looked at again.
 func (r *Reconciler) extend(a Action) (again bool) {
@@ -71,6 +70,12 @@ func (r *Reconciler) extend(a Action) (again bool) {
 	switch {
 	case err == nil:
 		log.Info("extended")
+		if _, troubled := r.TroubleOf(a.Object.ID); troubled {
+			r.mend(a.Object.ID)
+			if err := r.append(r.ctx, r.recovered(a.Object.Owners)); err != nil {
+				log.Warn("cannot record that a renewal works again", "err", err)
+			}
+		}
 	case r.ctx.Err() != nil || errors.Is(err, ErrNotNow):
 	case errors.Is(err, ErrTooLate):
 		log.Warn("a renewal came too late", "err", err)
@@ -83,8 +88,7 @@ func (r *Reconciler) extend(a Action) (again bool) {
 		}
 		return true
 	default:
-		pause := longestExtendPause/2 + rand.N(longestExtendPause/2)
-		log.Warn("cannot extend yet", "err", err, "again_in", pause)
+		pause := r.fail(r.ctx, a, a.Object.Instance, err, longestExtendPause)
 		select {
 		case <-r.ctx.Done():
 		case <-time.After(pause):

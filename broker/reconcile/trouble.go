@@ -38,8 +38,8 @@ func (t *trouble) pauses(a Action, run string) bool {
 }
 
 // fail notes that a step failed, and returns how long to pause. The first failure
-// of a row is put on record for the grants concerned.
-func (r *Reconciler) fail(ctx context.Context, a Action, run string, err error) time.Duration {
+// of a row is put on record for the grants concerned. most bounds the pause.
+func (r *Reconciler) fail(ctx context.Context, a Action, run string, err error, most time.Duration) time.Duration {
 	id := a.Object.ID
 	r.o.Meter.Failed(a.Object.Kind, string(a.Verb))
 	r.mu.Lock()
@@ -50,7 +50,7 @@ func (r *Reconciler) fail(ctx context.Context, a Action, run string, err error) 
 	}
 	t.Object, t.Verb, t.Err, t.run = a.Object, a.Verb, err, run
 	t.Attempts++
-	t.pause = next(t.pause)
+	t.pause = min(next(t.pause), most)
 	pause := jittered(t.pause, 2)
 	t.Next = time.Now().Add(pause)
 	attempts := t.Attempts
@@ -77,11 +77,14 @@ func (r *Reconciler) fail(ctx context.Context, a Action, run string, err error) 
 // brief says in one line of the audit what does not work.
 func brief(v Verb, err error) string {
 	const most = 400
-	what := "cannot attach: "
-	if v.Cuts() {
-		what = "cannot detach: "
+	what := "attach"
+	switch {
+	case v.Cuts():
+		what = "detach"
+	case v == Extend:
+		what = "extend"
 	}
-	text := what + err.Error()
+	text := "cannot " + what + ": " + err.Error()
 	if len(text) > most {
 		text = strings.ToValidUTF8(text[:most], "") + "…"
 	}
