@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -112,7 +111,7 @@ func (r *Reconciler) doApply(ctx context.Context, p *application, slots chan str
 		delete(r.applying, id)
 	}
 	r.mu.Unlock()
-	if overtaken {
+	if overtaken || errors.Is(err, errOutdated) {
 		r.wake(corner{vm, a.Object.Kind})
 	}
 }
@@ -134,8 +133,11 @@ func take(ctx context.Context, slots chan struct{}, patience time.Duration) (rel
 	}
 }
 
+// errOutdated says that a plan is behind the ledger.
+var errOutdated = fmt.Errorf("a grant that owns it has ended: %w", ErrNotNow)
+
 // entitle makes sure that each owner of an object may have it, and charges what
-// that costs. It fails with ErrNotNow where one may not: the plan may be minutes
+// that costs. It fails with errOutdated where one may not: the plan may be minutes
 // old, and another one is made without it. Who revokes from here on finds the
 // application and cancels it.
 func (r *Reconciler) entitle(ctx context.Context, o Object) error {
@@ -147,8 +149,7 @@ func (r *Reconciler) entitle(ctx context.Context, o Object) error {
 			return nil
 		}
 	}
-	defer r.wake(corner{o.VM, o.Kind})
-	return fmt.Errorf("a grant that owns %s has ended: %w", o.ID, ErrNotNow)
+	return errOutdated
 }
 
 // live are the owners of an object that are in force.
