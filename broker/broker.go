@@ -20,6 +20,7 @@ import (
 	"spectrum-os.org/broker/broker/ledger"
 	"spectrum-os.org/broker/broker/reconcile"
 	"spectrum-os.org/broker/capabilities"
+	"spectrum-os.org/broker/clock"
 	"spectrum-os.org/broker/failpoint"
 	"spectrum-os.org/broker/policy"
 	"spectrum-os.org/broker/vmm/shim"
@@ -424,6 +425,10 @@ func (b *Broker) serve(ctx context.Context) error {
 // while there are any, so that setting it back across a restart extends nothing.
 func (b *Broker) keepTime(ctx context.Context) {
 	const look, mark = time.Second, time.Minute
+	changes, err := clock.Changes(ctx)
+	if err != nil {
+		b.log.Warn("a clock that is set is noticed late", "err", err)
+	}
 	tick := time.NewTicker(look)
 	defer tick.Stop()
 	var tried time.Time
@@ -476,6 +481,7 @@ func (b *Broker) keepTime(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+		case <-changes:
 		}
 	}
 }

@@ -41,6 +41,8 @@ type things struct {
 	// thinking is called once, when policy has allowed a request and before it
 	// is recorded.
 	thinking func()
+	// stuck, where it is not nil, is what withdrawals wait for.
+	stuck chan struct{}
 }
 
 func (*things) Kind() string { return "fs" }
@@ -80,7 +82,17 @@ func (s *things) Apply(_ context.Context, o reconcile.Object) (string, error) {
 	return "", nil
 }
 
-func (s *things) Withdraw(_ context.Context, o reconcile.Object) (string, error) {
+func (s *things) Withdraw(ctx context.Context, o reconcile.Object) (string, error) {
+	s.mu.Lock()
+	stuck := s.stuck
+	s.mu.Unlock()
+	if stuck != nil {
+		select {
+		case <-stuck:
+		case <-ctx.Done():
+			return "", ctx.Err()
+		}
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.barred[o.ID] = max(s.barred[o.ID], o.Generation)
@@ -122,6 +134,12 @@ const allowsAll = "package spectrum.grant\n\nallow := true\n"
 // work; home's allows everything.
 func newGranting(t *testing.T, host, work string) *granting {
 	t.Helper()
+	return newGrantingAt(t, host, work, clock.System{})
+}
+
+// newGrantingAt is the same by another clock.
+func newGrantingAt(t *testing.T, host, work string, now clock.Clock) *granting {
+	t.Helper()
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -138,7 +156,7 @@ func newGranting(t *testing.T, host, work string) *granting {
 	b := &Broker{
 		o: Options{
 			StateDir: dir, RuntimeDir: runtime, VMM: "none", Virtiofsd: "none", Shim: "none",
-			PolicyWorker: []string{exe, "policy-worker"}, Stretch: 20,
+			PolicyWorker: []string{exe, "policy-worker"}, Stretch: 20, Clock: now,
 		},
 		log: slog.New(slog.DiscardHandler), ctx: ctx, kinds: kinds,
 		running: map[uuid.UUID]*unit{}, policyErrors: map[policy.EngineID]string{}, policyFiles: map[policy.EngineID][]string{},
@@ -148,22 +166,15 @@ func newGranting(t *testing.T, host, work string) *granting {
 		t.Fatal(err)
 	}
 	b.metrics = newMetrics(b)
-	l, err := ledger.Open(ctx, ledger.Options{Dir: dir, Kinds: kinds, Clock: clock.System{}, Observe: b.metrics.committed})
-	if err != nil {
-		t.Fatal(err)
-	}
-	b.ledger = l
 	g := &granting{Broker: b, t: t, things: &things{objects: map[string]reconcile.Observed{}, barred: map[string]uint64{}}}
+	g.open()
 	b.engines = policy.NewEngines(policy.Options{Worker: b.o.PolicyWorker, Stretch: b.o.Stretch, Name: b.engineName})
-	b.reconciler = reconcile.New(reconcile.Options{
-		Appliers: []reconcile.Applier{g.things}, Ledger: l, Clock: b.o.Clock, Instances: b.usable, Sweep: 50 * time.Millisecond,
-	})
 	t.Cleanup(func() {
 		cancel()
 		b.wg.Wait()
 		b.reconciler.Close()
 		b.engines.Close()
-		if err := l.Close(); err != nil {
+		if err := b.ledger.Close(); err != nil {
 			t.Error(err)
 		}
 		if r, err := ledger.Verify(context.Background(), dir); err != nil || r.Broken != nil {
@@ -189,6 +200,33 @@ func newGranting(t *testing.T, host, work string) *granting {
 		}
 	}
 	return g
+}
+
+// open is a broker's start: what it knows is what is on the disk and in the world.
+func (g *granting) open() {
+	g.t.Helper()
+	var err error
+	g.ledger, err = ledger.Open(g.ctx, ledger.Options{Dir: g.o.StateDir, Kinds: g.kinds, Clock: g.o.Clock, Observe: g.metrics.committed})
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	g.reconciler = reconcile.New(reconcile.Options{
+		Appliers: []reconcile.Applier{g.things}, Ledger: g.ledger, Clock: g.o.Clock, Instances: g.usable, Sweep: 50 * time.Millisecond,
+	})
+}
+
+// restart is a broker that is killed, has something happen, and is started
+// again with what is on the disk and in the world.
+func (g *granting) restart(meanwhile func()) {
+	g.t.Helper()
+	g.reconciler.Close()
+	if err := g.ledger.Close(); err != nil {
+		g.t.Fatal(err)
+	}
+	if meanwhile != nil {
+		meanwhile()
+	}
+	g.open()
 }
 
 func (g *granting) append(events ...ledger.Event) {

@@ -248,13 +248,15 @@ func (b *Broker) ListGrants(ctx context.Context, f api.GrantFilter) ([]api.Grant
 	if len(filter.States) == 0 && !f.All {
 		filter.States = []ledger.GrantState{ledger.Pending, ledger.Active, ledger.Revoking}
 	}
+	states := filter.States
+	filter.States = recorded(states)
 	selected, err := b.onResource(filter, f.Resource)
 	if err != nil {
 		return nil, err
 	}
 	var grants []ledger.Grant
 	b.ledger.View(func(s *ledger.State) { grants = selected(s) })
-	return b.apiGrants(ctx, grants), nil
+	return b.apiGrants(ctx, b.inStates(grants, states)), nil
 }
 
 // onResource selects the grants that filter does, and of them, where a resource

@@ -267,11 +267,16 @@ func (s *server) deadlineChanged() {
 	}
 }
 
-// tick is how late a set clock or a resume is noticed at most.
+// tick is how late a set clock or a resume is noticed at most, where the kernel
+// does not tell of it.
 const tick = time.Second
 
 // keepDeadlines ends objects at their deadline, with one timer for all.
 func (s *server) keepDeadlines(ctx context.Context) {
+	changes, err := clock.Changes(ctx)
+	if err != nil {
+		s.log.Warn("a clock that is set is noticed late", "error", err)
+	}
 	for {
 		var timer <-chan time.Time
 		if next, any := s.expire(); any {
@@ -280,6 +285,7 @@ func (s *server) keepDeadlines(ctx context.Context) {
 		select {
 		case <-timer:
 		case <-s.deadlines:
+		case <-changes:
 		case <-ctx.Done():
 			return
 		}
