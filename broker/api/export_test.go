@@ -53,6 +53,8 @@ var (
 	DecodeSetName = decode[SetNameRequest]
 	DecodeGuest   = decode[GuestRequest]
 	DecodeDrop    = decode[DropRequest]
+
+	DecodeDelegation = decode[GuestDelegation]
 )
 
 // GuestProblem is what a guest is told.

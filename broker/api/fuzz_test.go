@@ -63,6 +63,9 @@ func FuzzStopRequest(f *testing.F)    { fuzzDecoder(f, api.HostDocument, api.Dec
 func FuzzSetNameRequest(f *testing.F) { fuzzDecoder(f, api.HostDocument, api.DecodeSetName) }
 func FuzzGuestRequest(f *testing.F)   { fuzzDecoder(f, api.GuestDocument, api.DecodeGuest) }
 func FuzzDropRequest(f *testing.F)    { fuzzDecoder(f, api.GuestDocument, api.DecodeDrop) }
+func FuzzGuestDelegation(f *testing.F) {
+	fuzzDecoder(f, api.GuestDocument, api.DecodeDelegation)
+}
 
 // FuzzGuestHTTP throws whole requests at the guest API: whatever comes, the
 // answer is as documented and is not the broker's failure.
@@ -99,6 +102,8 @@ func TestCorpora(t *testing.T) {
 		"FuzzSetNameRequest": func(b []byte) error { _, err := api.DecodeSetName(b); return err },
 		"FuzzGuestRequest":   func(b []byte) error { _, err := api.DecodeGuest(b); return err },
 		"FuzzDropRequest":    func(b []byte) error { _, err := api.DecodeDrop(b); return err },
+
+		"FuzzGuestDelegation": func(b []byte) error { _, err := api.DecodeDelegation(b); return err },
 	} {
 		files, _ := filepath.Glob(filepath.Join("testdata", "fuzz", name, "*"))
 		taken, refused := 0, 0

@@ -230,6 +230,9 @@ const (
 	OutcomeDeny  Outcome = "deny"
 	OutcomeAsk   Outcome = "ask"
 	OutcomeError Outcome = "error"
+	// OutcomeAbstain is the host's answer where nothing that a request is about is
+	// the host's, and it has no objection.
+	OutcomeAbstain Outcome = "abstain"
 )
 
 // Reason is one rule's contribution to an answer.
