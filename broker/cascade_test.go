@@ -19,10 +19,8 @@ func TestRevokingASubtreeIsOneRow(t *testing.T) {
 	const nodes = 10_000
 	g := newGranting(t, allowsAll, allowsAll)
 	root := g.granted(mail1, "/docs")
-	holders := make([]uuid.UUID, 20)
-	for i := range holders {
-		holders[i] = uuid.New()
-	}
+	// From here on nobody takes anything from a VM, and nobody records that.
+	g.reconciler.Close()
 	var all []uuid.UUID
 	_, err := g.ledger.Update(t.Context(), func(tx *ledger.Tx) error {
 		for n := range nodes {
@@ -31,8 +29,7 @@ func TestRevokingASubtreeIsOneRow(t *testing.T) {
 				parent = all[(n-1)/3]
 			}
 			id := uuid.New()
-			// In VMs that do not run, so that nobody takes anything from them.
-			if err := tx.Append(ledger.NewGrant(brokerActor, id, holders[n%len(holders)], homeID, ledger.GrantRecord{Capability: root.Capability, Parent: parent, Persist: true})); err != nil {
+			if err := tx.Append(ledger.NewGrant(brokerActor, id, uuid.New(), homeID, ledger.GrantRecord{Capability: root.Capability, Parent: parent, Persist: true})); err != nil {
 				return err
 			}
 			all = append(all, id)
@@ -42,6 +39,7 @@ func TestRevokingASubtreeIsOneRow(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	head, _ := g.ledger.Head()
 	uid := uint32(1000)
 	person := ledger.Actor{Kind: ledger.ActorPerson, UID: &uid}
 	done, err := g.revoke(t.Context(), person, func(s *ledger.State) []uuid.UUID { return append([]uuid.UUID{all[7], root.ID, root.ID}, all[:100]...) }, "lent", false)
@@ -56,21 +54,9 @@ func TestRevokingASubtreeIsOneRow(t *testing.T) {
 			}
 		}
 	})
-	rows := 0
-	on, err := g.ledger.Events(0, ledger.EventFilter{Types: []ledger.EventType{ledger.GrantRevoking}}, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, e := range on {
-		if e.Actor.Kind == ledger.ActorPerson {
-			rows++
-			if e.Grant != root.ID {
-				t.Errorf("grant %s is revoked by itself", e.Grant)
-			}
-		}
-	}
-	if rows != 1 {
-		t.Errorf("the revocation of %d grants took %d rows", nodes+1, rows)
+	on, err := g.ledger.Events(head, ledger.EventFilter{}, 0)
+	if err != nil || len(on) != 1 || on[0].Type != ledger.GrantRevoking || on[0].Grant != root.ID || on[0].Actor.Kind != ledger.ActorPerson {
+		t.Errorf("the revocation of %d grants took %d rows, %v", nodes+1, len(on), err)
 	}
 	// It is shown as what it is before its own end is on record.
 	shown := g.apiGrants(t.Context(), []ledger.Grant{{ID: all[nodes-1], Holder: mail2, Capability: root.Capability, State: ledger.Active}})

@@ -464,3 +464,22 @@ func TestWhy(t *testing.T) {
 		t.Errorf("%+v, %v", got.Steps[0], err)
 	}
 }
+
+// Who may delegate to a VM cannot fill it.
+func TestDelegatorCannotFillAnotherVM(t *testing.T) {
+	g := newDelegating(t, allowsAll, allowsAll)
+	g.o.MaxGrants = 12
+	from := g.granted(mail3, "/docs")
+	mine := g.passedOn(from, mail1, "/docs/mine")
+	for range 3 {
+		g.delegated(mail1, api.GuestDelegation{Grant: mine.ID.String(), To: mail3.String()})
+	}
+	if w := g.delegates(mail1, api.GuestDelegation{Grant: mine.ID.String(), To: mail3.String()}); w.Code != http.StatusForbidden {
+		t.Errorf("a fourth of twelve: %d %s", w.Code, w.Body)
+	}
+	on := g.events(ledger.GrantDenied)
+	if last := string(on[len(on)-1].Data); !strings.Contains(last, "was delegated 3 grants by VM "+mail1.String()) {
+		t.Errorf("on record is %s", last)
+	}
+	g.granted(mail3, "/own")
+}

@@ -167,6 +167,28 @@ func (b *Broker) uncountable(l policy.Limits, kind string) []string {
 	return out
 }
 
+// delegatedShare is which part of the grants that a VM may hold another one may
+// fill.
+const delegatedShare = 4
+
+// tooManyFrom refuses a VM that has delegated much to another one: what that may
+// hold is not the first one's to fill.
+func (b *Broker) tooManyFrom(s *ledger.State, actor ledger.Actor, holder uuid.UUID) error {
+	if actor.Kind != ledger.ActorVM || actor.VM == holder {
+		return nil
+	}
+	from := 0
+	for _, g := range s.Grants(ledger.Filter{Holder: holder, States: liveStates}) {
+		if g.Actor.Kind == ledger.ActorVM && g.Actor.VM == actor.VM {
+			from++
+		}
+	}
+	if most := max(1, b.o.MaxGrants/delegatedShare); from >= most {
+		return api.Errorf(api.CodeNoSlots, "VM %s was delegated %d grants by VM %s already, as many as it may be by one", holder, from, actor.VM)
+	}
+	return nil
+}
+
 // inForce is how many grants a VM holds that are: not those that died with an
 // ancestor, though that is not on record of them yet.
 func inForce(s *ledger.State, vm uuid.UUID, now capabilities.Instant) int {

@@ -273,6 +273,9 @@ func (b *Broker) record(ctx context.Context, d decided, instance, label string) 
 		if run, on := s.Running(d.holder); !d.persist && (!on || run != instance) {
 			return errRunOver(name)
 		}
+		if err := b.tooManyFrom(s, d.actor, d.holder); err != nil {
+			return err
+		}
 		if live := inForce(s, d.holder, now); live >= b.o.MaxGrants {
 			return api.Errorf(api.CodeNoSlots, "VM %s holds %d grants already, as many as one VM may", d.holder, live)
 		}
