@@ -2,7 +2,6 @@ package broker
 
 import (
 	"context"
-	"crypto/ed25519"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -17,6 +16,7 @@ import (
 
 	"spectrum-os.org/broker/broker/api"
 	"spectrum-os.org/broker/broker/applyfs"
+	"spectrum-os.org/broker/broker/keys"
 	"spectrum-os.org/broker/broker/ledger"
 	"spectrum-os.org/broker/broker/reconcile"
 	"spectrum-os.org/broker/capabilities"
@@ -39,8 +39,7 @@ type Broker struct {
 	ledger     *ledger.Ledger
 	engines    *policy.Engines
 	reconciler *reconcile.Reconciler
-	signer     *capabilities.Signer
-	verifier   *capabilities.VerifyCache
+	keys       *keys.Ring
 	metrics    *metrics
 
 	inventory atomic.Pointer[inventory]
@@ -59,6 +58,7 @@ type Broker struct {
 	firstLoads  map[policy.EngineID]chan struct{}
 	policyFiles map[policy.EngineID][]string // of the revision in force
 	unrecorded  map[uuid.UUID]tombstone
+	barredKeys  map[string]keyTombstone
 	labels      map[labelKey]bool // taken by grants that are being decided
 
 	quotas quotas
@@ -87,6 +87,7 @@ func Run(ctx context.Context, o Options, w Wiring) (err error) {
 		kinds:   capabilities.NewKinds(w.Kinds...),
 		quotas:  quotas{perMinute: o.GuestRequests, burst: o.GuestBurst},
 		running: map[uuid.UUID]*unit{}, policyErrors: map[policy.EngineID]string{}, policyFiles: map[policy.EngineID][]string{}, labels: map[labelKey]bool{}, unrecorded: map[uuid.UUID]tombstone{},
+		barredKeys: map[string]keyTombstone{},
 	}
 	b.inventory.Store(&inventory{})
 	defer func() {
@@ -120,16 +121,9 @@ func (b *Broker) open(ctx context.Context, w Wiring) error {
 	if err != nil {
 		return err
 	}
-	key, err := loadKey(b.o.StateDir)
-	if err != nil {
+	if b.keys, err = keys.Open(ctx, b.ledger, b.o.StateDir, b.kinds, b.log); err != nil {
 		return err
 	}
-	var issuer string
-	var epoch uint64
-	b.ledger.View(func(s *ledger.State) { issuer, epoch = s.LedgerID().String(), s.Epoch() })
-	b.signer = capabilities.NewSigner(key, issuer)
-	verifier := capabilities.NewVerifier(issuer, epoch, key.Public().(ed25519.PublicKey))
-	b.verifier = capabilities.NewVerifyCache(b.kinds, verifier, 4096)
 	b.engines = policy.NewEngines(policy.Options{
 		Worker: b.o.PolicyWorker, Stretch: b.o.Stretch, Log: b.log, Name: b.engineName,
 	})
@@ -173,6 +167,9 @@ func (b *Broker) takeOver(ctx context.Context) error {
 		return err
 	}
 	failpoint.Hit("start.recorded")
+	if err := b.findKeyTombstones(ctx); err != nil {
+		return err
+	}
 	if err := b.findTombstones(ctx); err != nil {
 		return err
 	}
@@ -447,7 +444,7 @@ func (b *Broker) keepTime(ctx context.Context) {
 				}
 			}
 		}
-		if err := b.recordTombstones(ctx); err != nil && ctx.Err() == nil {
+		if err := errors.Join(b.recordKeyTombstones(ctx), b.recordTombstones(ctx)); err != nil && ctx.Err() == nil {
 			b.log.Error("access was cut and the ledger still cannot be told", "err", err)
 		}
 		now := b.o.Clock.Now()

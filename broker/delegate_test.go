@@ -3,7 +3,6 @@ package broker
 import (
 	"bytes"
 	"context"
-	"crypto/ed25519"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,7 +18,6 @@ import (
 
 	"spectrum-os.org/broker/broker/api"
 	"spectrum-os.org/broker/broker/ledger"
-	"spectrum-os.org/broker/capabilities"
 	"spectrum-os.org/broker/policy"
 	"spectrum-os.org/broker/sources"
 )
@@ -34,15 +32,6 @@ var (
 func newDelegating(t *testing.T, host, work string) *granting {
 	t.Helper()
 	g := newGranting(t, host, work)
-	pub, key, err := ed25519.GenerateKey(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var issuer string
-	var epoch uint64
-	g.ledger.View(func(s *ledger.State) { issuer, epoch = s.LedgerID().String(), s.Epoch() })
-	g.signer = capabilities.NewSigner(key, issuer)
-	g.verifier = capabilities.NewVerifyCache(g.kinds, capabilities.NewVerifier(issuer, epoch, pub), 64)
 	g.quotas.perMinute, g.quotas.burst = 6000, 1000
 	g.ready.Store(true)
 	inv := *g.inv()
@@ -205,7 +194,7 @@ func TestGuestDelegatesWider(t *testing.T) {
 		t.Fatal(err)
 	}
 	tokenOf := func(x ledger.Grant) string {
-		token, err := g.mint(x)
+		token, _, err := g.mint(t.Context(), brokerActor, x)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -366,7 +355,7 @@ func TestGuestFetchesItsToken(t *testing.T) {
 		t.Errorf("a used-up one: %d %s", w.Code, w.Body)
 	}
 	// And one that it had before is refused from its last use on.
-	text, err := g.mint(spent)
+	text, _, err := g.mint(t.Context(), brokerActor, spent)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/google/uuid"
 
 	"spectrum-os.org/broker/broker/api"
+	"spectrum-os.org/broker/broker/keys"
 	"spectrum-os.org/broker/broker/ledger"
 	"spectrum-os.org/broker/broker/reconcile"
 	"spectrum-os.org/broker/capabilities"
@@ -160,7 +161,7 @@ func newGrantingAt(t *testing.T, host, work string, now clock.Clock) *granting {
 		},
 		log: slog.New(slog.DiscardHandler), ctx: ctx, kinds: kinds,
 		running: map[uuid.UUID]*unit{}, policyErrors: map[policy.EngineID]string{}, policyFiles: map[policy.EngineID][]string{},
-		labels: map[labelKey]bool{}, unrecorded: map[uuid.UUID]tombstone{},
+		labels: map[labelKey]bool{}, unrecorded: map[uuid.UUID]tombstone{}, barredKeys: map[string]keyTombstone{},
 	}
 	if err := b.o.defaults(); err != nil {
 		t.Fatal(err)
@@ -208,6 +209,9 @@ func (g *granting) open() {
 	var err error
 	g.ledger, err = ledger.Open(g.ctx, ledger.Options{Dir: g.o.StateDir, Kinds: g.kinds, Clock: g.o.Clock, Observe: g.metrics.committed})
 	if err != nil {
+		g.t.Fatal(err)
+	}
+	if g.keys, err = keys.Open(g.ctx, g.ledger, g.o.StateDir, g.kinds, g.log); err != nil {
 		g.t.Fatal(err)
 	}
 	g.reconciler = reconcile.New(reconcile.Options{

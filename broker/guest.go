@@ -94,7 +94,7 @@ func (s guestService) Request(ctx context.Context, vm uuid.UUID, req api.GuestRe
 		return api.GuestGrant{}, guestError(err)
 	}
 	out := b.guestGrant(g)
-	token, err := b.mint(g)
+	token, _, err := b.mint(ctx, actor, g)
 	if err != nil {
 		return api.GuestGrant{}, err
 	}
@@ -170,7 +170,7 @@ func (s guestService) ownToken(ctx context.Context, vm uuid.UUID, text string) (
 	if err != nil {
 		return ledger.Grant{}, s.refuseToken(ctx, vm, uuid.Nil, capabilities.ErrTokenMalformed)
 	}
-	verified, err := s.b.verifier.Verify(raw, s.b.o.Clock.Now().Wall)
+	verified, err := s.b.keys.Verify(raw, s.b.o.Clock.Now().Wall)
 	if err != nil {
 		return ledger.Grant{}, s.refuseToken(ctx, vm, uuid.Nil, err)
 	}
@@ -182,7 +182,10 @@ func (s guestService) ownToken(ctx context.Context, vm uuid.UUID, text string) (
 	var live error
 	s.b.ledger.View(func(st *ledger.State) {
 		g, _ = st.Grant(claims.Grant)
-		if live = s.b.reconciler.Live(st, claims.Grant); live == nil {
+		if live = s.b.keys.Refused(st, verified); live == nil {
+			live = s.b.reconciler.Live(st, claims.Grant)
+		}
+		if live == nil {
 			live = st.Spent(claims.Grant)
 		}
 	})
@@ -240,17 +243,15 @@ func (b *Broker) guestGrant(g ledger.Grant) api.GuestGrant {
 	return out
 }
 
-// mint signs the token of a grant.
-func (b *Broker) mint(g ledger.Grant) (string, error) {
-	var epoch uint64
-	b.ledger.View(func(s *ledger.State) { epoch = s.Epoch() })
-	token, err := b.signer.Mint(capabilities.Claims{
+// mint signs the token of a grant, and tells with which key.
+func (b *Broker) mint(ctx context.Context, actor ledger.Actor, g ledger.Grant) (text, kid string, err error) {
+	token, kid, err := b.keys.Mint(context.WithoutCancel(ctx), actor, capabilities.Claims{
 		Holder: g.Holder, Grant: g.ID, Parent: g.Parent, IssuedAt: g.Created, Expiry: g.Deadline.Wall,
-		Epoch: epoch, Capability: g.Capability,
+		Capability: g.Capability,
 	})
 	if err != nil {
-		return "", err
+		return "", "", api.Errorf(api.CodeUnavailable, "no token can be signed; see the broker's log").WithCause(err)
 	}
-	text, err := token.MarshalText()
-	return string(text), err
+	encoded, err := token.MarshalText()
+	return string(encoded), kid, err
 }

@@ -2,7 +2,6 @@ package broker
 
 import (
 	"context"
-	"crypto/ed25519"
 	"testing"
 	"time"
 
@@ -10,7 +9,6 @@ import (
 
 	"spectrum-os.org/broker/broker/api"
 	"spectrum-os.org/broker/broker/ledger"
-	"spectrum-os.org/broker/capabilities"
 	"spectrum-os.org/broker/clock"
 )
 
@@ -160,18 +158,10 @@ func TestRenewedAcrossAReboot(t *testing.T) {
 // moment at which a machine resumes, before anything has looked at the clock.
 func TestExpireBeforeServing(t *testing.T) {
 	g, c := leasing(t)
-	public, private, err := ed25519.GenerateKey(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	g.signer = capabilities.NewSigner(private, "test")
-	var epoch uint64
-	g.ledger.View(func(s *ledger.State) { epoch = s.Epoch() })
-	g.verifier = capabilities.NewVerifyCache(g.kinds, capabilities.NewVerifier("test", epoch, public), 16)
 	g.ready.Store(true)
 
 	lease := g.granted(mail1, "/lease", ttl(600))
-	token, err := g.mint(lease)
+	token, _, err := g.mint(t.Context(), brokerActor, lease)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -22,14 +22,20 @@ type revocation struct{ revoked, revoking []ledger.Grant }
 // durable when it returns; with wait it returns when access is cut, or ctx ends,
 // which does not keep a revocation from being recorded.
 // Where it cannot be recorded, access is cut all the same, and the error says so.
+// What with does shares its fate: it is recorded with the revocation or not at all.
 //
 // One row ends a whole subtree: what derives from a grant that ended is dead at
 // once, and its own end is put on record when it is taken from its holder.
-func (b *Broker) revoke(ctx context.Context, actor ledger.Actor, pick func(*ledger.State) []uuid.UUID, reason string, wait bool) (revocation, error) {
+func (b *Broker) revoke(ctx context.Context, actor ledger.Actor, pick func(*ledger.State) []uuid.UUID, reason string, wait bool, with ...together) (revocation, error) {
 	failpoint.Hit("revoke.before")
 	began := time.Now()
 	var roots, all []uuid.UUID
 	_, err := b.ledger.Update(context.WithoutCancel(ctx), func(tx *ledger.Tx) error {
+		for _, w := range with {
+			if err := w.first(tx); err != nil {
+				return err
+			}
+		}
 		s := tx.State()
 		roots = topmost(s, pick(s))
 		all = fall(s, roots)
@@ -42,6 +48,9 @@ func (b *Broker) revoke(ctx context.Context, actor ledger.Actor, pick func(*ledg
 		}
 		return nil
 	})
+	for _, w := range with {
+		w.recorded(err)
+	}
 	if err != nil {
 		return revocation{}, b.cutUnrecorded(actor, pick, reason, err)
 	}
@@ -104,6 +113,13 @@ func (b *Broker) wakeHeirs(ids ...uuid.UUID) {
 	for _, vm := range heirs {
 		b.reconciler.Wake(vm)
 	}
+}
+
+// together is what is recorded in one step with a revocation: first appends it,
+// and recorded is told whether that succeeded, before anybody waits for a cut.
+type together struct {
+	first    func(*ledger.Tx) error
+	recorded func(err error)
 }
 
 // only selects these grants.

@@ -304,12 +304,12 @@ func (b *Broker) issue(ctx context.Context, actor ledger.Actor, g ledger.Grant) 
 	if usable != nil {
 		return api.Token{}, api.Errorf(api.CodeConflict, "grant %s has no token: %w", g.ID, usable)
 	}
-	text, err := b.mint(g)
+	text, kid, err := b.mint(ctx, actor, g)
 	if err != nil {
 		return api.Token{}, err
 	}
 	_, err = b.ledger.Update(ctx, func(tx *ledger.Tx) error {
-		return tx.Append(ledger.Event{Type: ledger.TokenIssued, Actor: actor, Grant: g.ID})
+		return tx.Append(ledger.Event{Type: ledger.TokenIssued, Actor: actor, Grant: g.ID, Data: ledger.JSON(ledger.IssuedData{KID: kid})})
 	})
 	if err != nil {
 		return api.Token{}, unrecorded("no token is handed out", err)

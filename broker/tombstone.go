@@ -47,7 +47,7 @@ func (b *Broker) cutUnrecorded(actor ledger.Actor, pick func(*ledger.State) []uu
 	b.mu.Unlock()
 	failpoint.Hit("tombstone.before")
 	for _, g := range open {
-		if err := b.writeTombstone(g.ID, tombstone{actor, reason}); err != nil {
+		if err := writeTombstone(b.tombstones(), g.ID.String(), tombstone{actor, reason}); err != nil {
 			b.log.Error("a restart of the broker before the ledger can be written would bring a grant back", "grant", g.ID, "err", err)
 		}
 	}
@@ -63,15 +63,15 @@ func (b *Broker) cutUnrecorded(actor ledger.Actor, pick func(*ledger.State) []uu
 }
 
 // writeTombstone is durable when it returns.
-func (b *Broker) writeTombstone(grant uuid.UUID, t tombstone) error {
-	if err := os.MkdirAll(b.tombstones(), 0o700); err != nil {
+func writeTombstone(in, name string, t any) error {
+	if err := os.MkdirAll(in, 0o700); err != nil {
 		return err
 	}
 	body, err := json.Marshal(t)
 	if err != nil {
 		return err
 	}
-	f, err := os.OpenFile(filepath.Join(b.tombstones(), grant.String()), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	f, err := os.OpenFile(filepath.Join(in, name), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
@@ -79,7 +79,7 @@ func (b *Broker) writeTombstone(grant uuid.UUID, t tombstone) error {
 	_, err = f.Write(body)
 	err = errors.Join(err, f.Sync(), f.Close())
 	failpoint.Hit("tombstone.written")
-	dir, openErr := os.Open(b.tombstones())
+	dir, openErr := os.Open(in)
 	if openErr != nil {
 		return errors.Join(err, openErr)
 	}

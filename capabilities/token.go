@@ -20,10 +20,13 @@ var (
 	// ErrTokenMalformed is returned by ParseToken for bytes that are not the
 	// one encoding of a token.
 	ErrTokenMalformed = errors.New("malformed token")
-	// ErrTokenUnknownKey, ErrTokenSignature, ErrTokenIssuer, ErrTokenEpoch and
-	// ErrTokenExpired are returned by Verify, checked in this order.
+	// ErrTokenUnknownKey, ErrTokenSignature, ErrTokenKeyRevoked, ErrTokenIssuer,
+	// ErrTokenEpoch and ErrTokenExpired are returned by Verify, checked in this
+	// order, but for ErrTokenEpoch of a key of another epoch, which comes in the
+	// place of ErrTokenKeyRevoked.
 	ErrTokenUnknownKey = errors.New("token is signed with an unknown key")
 	ErrTokenSignature  = errors.New("token has a wrong signature")
+	ErrTokenKeyRevoked = errors.New("token is signed with a revoked key")
 	ErrTokenIssuer     = errors.New("token is of another issuer")
 	ErrTokenEpoch      = errors.New("token is of another epoch of the ledger")
 	ErrTokenExpired    = errors.New("token has expired")

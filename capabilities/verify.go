@@ -16,19 +16,43 @@ import (
 type Verifier struct {
 	issuer string
 	epoch  uint64
-	keys   map[[keyIDSize]byte]cose.Verifier
+	keys   map[[keyIDSize]byte]knownKey
+}
+
+type knownKey struct {
+	verifier cose.Verifier
+	refused  error
+}
+
+// KnownKey is a public key and what its signature is worth.
+type KnownKey struct {
+	Public ed25519.PublicKey
+	// Refused is why no token of this key is accepted any more, whatever the
+	// token says: ErrTokenKeyRevoked, or ErrTokenEpoch for a key of an earlier
+	// epoch, which could otherwise sign for the present one. nil: it is accepted.
+	Refused error
 }
 
 // NewVerifier takes every key that may still have signed a live token. A key
 // that is not an Ed25519 public key verifies nothing.
 func NewVerifier(issuer string, epoch uint64, keys ...ed25519.PublicKey) *Verifier {
-	v := &Verifier{issuer: issuer, epoch: epoch, keys: make(map[[keyIDSize]byte]cose.Verifier, len(keys))}
+	known := make([]KnownKey, len(keys))
+	for i, key := range keys {
+		known[i].Public = key
+	}
+	return NewVerifierOf(issuer, epoch, known)
+}
+
+// NewVerifierOf is NewVerifier with keys that are refused for a reason of
+// their own, so that their tokens are not called a stranger's.
+func NewVerifierOf(issuer string, epoch uint64, keys []KnownKey) *Verifier {
+	v := &Verifier{issuer: issuer, epoch: epoch, keys: make(map[[keyIDSize]byte]knownKey, len(keys))}
 	for _, key := range keys {
-		if len(key) != ed25519.PublicKeySize {
+		if len(key.Public) != ed25519.PublicKeySize {
 			continue
 		}
-		if verifier, err := cose.NewVerifier(cose.AlgorithmEdDSA, key); err == nil {
-			v.keys[[keyIDSize]byte(KeyID(key))] = verifier
+		if verifier, err := cose.NewVerifier(cose.AlgorithmEdDSA, key.Public); err == nil {
+			v.keys[[keyIDSize]byte(KeyID(key.Public))] = knownKey{verifier, key.Refused}
 		}
 	}
 	return v
@@ -38,10 +62,11 @@ func NewVerifier(issuer string, epoch uint64, keys ...ed25519.PublicKey) *Verifi
 // was looked at. Whether its grant is still live only the ledger knows.
 type Verified struct {
 	claims Claims
+	kid    [keyIDSize]byte
 }
 
-// Verify checks the key, the signature, the issuer, the epoch and the expiry,
-// in this order.
+// Verify checks the key, the signature, whether the key is still accepted, the
+// issuer, the epoch and the expiry, in this order.
 func (v *Verifier) Verify(p *Parsed, now time.Time) (*Verified, error) {
 	if p == nil || p.message.Payload == nil {
 		return nil, fmt.Errorf("%w: nothing was parsed", ErrTokenMalformed)
@@ -50,13 +75,16 @@ func (v *Verifier) Verify(p *Parsed, now time.Time) (*Verified, error) {
 	if !ok {
 		return nil, fmt.Errorf("%w: kid %x", ErrTokenUnknownKey, p.kid)
 	}
-	if err := p.message.Verify(tokenAAD, key); err != nil {
+	if err := p.message.Verify(tokenAAD, key.verifier); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrTokenSignature, err)
+	}
+	if key.refused != nil {
+		return nil, fmt.Errorf("%w: kid %x", key.refused, p.kid)
 	}
 	if err := v.check(p.claims, now); err != nil {
 		return nil, err
 	}
-	return &Verified{claims: p.claims}, nil
+	return &Verified{claims: p.claims, kid: p.kid}, nil
 }
 
 // check is what of Verify depends on more than the token's bytes and the key.
@@ -75,6 +103,9 @@ func (v *Verifier) check(c Claims, now time.Time) error {
 
 // Claims are what the token says.
 func (v *Verified) Claims() Claims { return v.claims }
+
+// KeyID is the kid of the key that signed it.
+func (v *Verified) KeyID() []byte { return append([]byte(nil), v.kid[:]...) }
 
 // For tells whether the token is of use to this VM, which the caller knows by
 // the socket that it spoke through and never by what it said.

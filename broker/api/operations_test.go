@@ -32,6 +32,7 @@ func TestEveryOperationIsTried(t *testing.T) {
 	try(c.Renew(ctx, "x", api.RenewRequest{}))
 	try(c.Revoke(ctx, api.RevokeRequest{VM: "x"}))
 	try(c.Explain(ctx, api.GrantRequest{VM: "x", Capability: "y"}))
+	tryKeys(ctx, c, try)
 	try(c.ReloadPolicy(ctx))
 	try(c.PolicyStatus(ctx))
 	try(c.ListNames(ctx))

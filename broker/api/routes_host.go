@@ -30,6 +30,10 @@ func (h *HostHandler) table() []route {
 		{method: post, path: "/v1/revocations", rule: RulePersonRecorded, body: needBody, handle: h.revoke},
 		{method: post, path: "/v1/decisions", rule: RulePersonRecorded, body: needBody, handle: h.explain},
 
+		{method: get, path: "/v1/keys", rule: RulePerson, handle: h.listKeys},
+		{method: post, path: "/v1/keys/rotate", rule: RulePersonRecorded, handle: h.rotateKeys},
+		{method: post, path: "/v1/keys/{kid}/revoke", rule: RulePersonRecorded, body: optionalBody, handle: h.revokeKey},
+
 		{method: post, path: "/v1/policy/reload", rule: RulePersonRecorded, handle: h.reloadPolicy},
 		{method: get, path: "/v1/policy/status", rule: RulePerson, handle: h.policyStatus},
 

@@ -49,6 +49,10 @@ type Service interface {
 	Token(ctx context.Context, by Caller, ref string) (Token, error)
 	Explain(ctx context.Context, by Caller, req GrantRequest) (Explanation, error)
 
+	ListKeys(ctx context.Context) ([]Key, error)
+	RotateKeys(ctx context.Context, by Caller) (Key, error)
+	RevokeKey(ctx context.Context, by Caller, ref string, req RevokeKeyRequest) (RevokeKeyResult, error)
+
 	ReloadPolicy(ctx context.Context, by Caller) (PolicyStatus, error)
 	PolicyStatus(ctx context.Context) (PolicyStatus, error)
 

@@ -19,7 +19,12 @@
 //     its hash whenever it is read.
 //   - The chain has no secret: it shows damage and clumsy edits, and whoever can
 //     write the file can make a whole new one. A cut-off tail leaves a whole
-//     chain. Both show only against an [Anchor] kept elsewhere.
+//     chain, and so does an older copy that is put back. These show only against
+//     an event that is known from outside: the [Mark] beside the database, without
+//     whose event no ledger is opened, or an [Anchor] kept elsewhere.
+//   - The mark names what is durable, and never anything newer.
+//   - A restored ledger begins a new epoch, in which every grant of before has
+//     ended.
 //   - Nothing is folded that another user could have put in place: the state
 //     directory is refused where others can write to it. What an earlier process
 //     left in SQLite's log is made durable before anything is built on it.

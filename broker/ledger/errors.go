@@ -20,6 +20,17 @@ var (
 	// ErrUnsafeDir: users other than the broker's own could change the state
 	// directory.
 	ErrUnsafeDir = errors.New("unsafe state directory")
+	// ErrSwapped: the database is not the one that the state directory knows;
+	// always in a *SwapError.
+	ErrSwapped = errors.New("the ledger is not the one that was there")
+)
+
+// Errors of Backup and Restore.
+var (
+	// ErrExists: the file to be written is there already.
+	ErrExists = errors.New("it exists already")
+	// ErrOtherLedger: the backup is of another ledger.
+	ErrOtherLedger = errors.New("it is a backup of another ledger")
 )
 
 // Errors of Update.

@@ -31,7 +31,7 @@ const (
 	GrantTroubled  EventType = "grant.troubled"  // Grant; Change with a reason: what it stands for cannot be made or taken away just now
 	GrantRecovered EventType = "grant.recovered" // Grant; Change: the end of that
 
-	TokenIssued  EventType = "token.issued"  // Grant; a person was handed its token
+	TokenIssued  EventType = "token.issued"  // Grant; IssuedData: a person was handed its token, or a key signed it that was not current when it was made
 	TokenRefused EventType = "token.refused" // somebody presented a token that was not accepted
 
 	GuestLimited EventType = "guest.limited" // VM: its requests are refused and no longer recorded, until there are fewer
@@ -49,6 +49,11 @@ const (
 
 	BrokerStarted EventType = "broker.started"
 	BrokerStopped EventType = "broker.stopped"
+
+	KeyCreated EventType = "key.created" // KeyCreatedData; the one key that signs from here on
+	KeyRevoked EventType = "key.revoked" // KeyRevokedData; never the current one
+
+	LedgerRestored EventType = "ledger.restored" // RestoredData; a new epoch, and every grant that is not final ends
 
 	ClockHighwater EventType = "clock.highwater" // HighwaterData; without it the event's own time counts
 )

@@ -69,6 +69,14 @@ func (f *folder) step(l *layer, e *entry) error {
 		return f.named(l, e)
 	case ClockHighwater:
 		return f.clock(l, e)
+	case KeyCreated:
+		return f.keyCreated(l, e)
+	case KeyRevoked:
+		return f.keyRevoked(l, e)
+	case TokenIssued:
+		return f.issued(l, e)
+	case LedgerRestored:
+		return f.restored(l, e)
 	}
 	if len(e.data) > 0 && !json.Valid(e.data) {
 		return fmt.Errorf("%w: the data of %s is not JSON", ErrInvalidEvent, e.Type)

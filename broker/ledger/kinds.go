@@ -39,6 +39,9 @@ func buildEventKinds() map[string]*eventKind {
 		{name: PolicyRejected},
 		{name: BrokerStarted},
 		{name: BrokerStopped},
+		{name: KeyCreated},
+		{name: KeyRevoked},
+		{name: LedgerRestored},
 		{name: ClockHighwater},
 	} {
 		m[string(k.name)] = &k

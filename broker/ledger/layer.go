@@ -209,6 +209,10 @@ type meta struct {
 	// highwater is the latest wall time on record, and boot this boot's time
 	// when it was reached, or when the ledger was opened.
 	highwater, boot int64
+	// keys are replaced, never changed, since layers share them; keysSeq is the
+	// event that did so last.
+	keys    []signingKey
+	keysSeq uint64
 }
 
 // layer is the state, or a change to the layer below it that can be merged
@@ -228,6 +232,7 @@ type layer struct {
 	vms     map[uuid.UUID]vmInfo
 	aliases map[aliasKey]uuid.UUID
 	names   map[uuid.UUID]string // "" where a layer takes a name away
+	signed  map[signedBy]struct{}
 
 	due *deadlines // bottom only
 }
@@ -480,6 +485,9 @@ func (l *layer) merge() {
 			continue
 		}
 		setKey(&to.names, k, v)
+	}
+	for k := range l.signed {
+		setKey(&to.signed, k, struct{}{})
 	}
 	to.meta = l.meta
 	if to.below == nil {

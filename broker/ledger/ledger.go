@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -44,11 +45,16 @@ type Ledger struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	wrote  chan struct{} // tells tidy that the log may be long
+	marks  chan struct{} // tells keepMarks that a mark is due
 
 	mu       sync.RWMutex // guards what follows
 	store    *store
 	root     *layer
 	poisoned error
+	marked   Mark // zero: no mark is kept
+
+	markMu   sync.Mutex // one mark is written at a time
+	markedAt time.Time
 
 	subMu sync.Mutex
 	subs  map[chan struct{}]struct{}
@@ -61,7 +67,7 @@ func Open(ctx context.Context, o Options) (*Ledger, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	l := &Ledger{o: o, queue: newQueue(), wrote: make(chan struct{}, 1), subs: map[chan struct{}]struct{}{}}
+	l := &Ledger{o: o, queue: newQueue(), wrote: make(chan struct{}, 1), marks: make(chan struct{}, 1), subs: map[chan struct{}]struct{}{}}
 	l.ctx, l.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	if !o.ReadOnly {
 		if err := prepareDir(o.Dir); err != nil {
@@ -81,7 +87,9 @@ func Open(ctx context.Context, o Options) (*Ledger, error) {
 		return nil, err
 	}
 	if !o.ReadOnly {
+		l.keepMark(true)
 		l.wg.Go(l.tidy)
+		l.wg.Go(l.keepMarks)
 	}
 	return l, nil
 }
@@ -91,6 +99,13 @@ func (l *Ledger) synchronous() string { return cmp.Or(l.o.synchronous, durabilit
 // load reads the file into a fresh state.
 func (l *Ledger) load(ctx context.Context) error {
 	now := l.o.Clock.Now()
+	w, err := newWitness(l.o.Dir)
+	if err != nil {
+		return err
+	}
+	if err := w.gone(filepath.Join(l.o.Dir, fileName)); err != nil {
+		return err
+	}
 	s, err := openStore(ctx, l.o.Dir, l.o.ReadOnly, l.synchronous(), now.Wall)
 	if err != nil {
 		return err
@@ -98,14 +113,22 @@ func (l *Ledger) load(ctx context.Context) error {
 	root := newLayer(nil)
 	root.due = &deadlines{bootID: now.BootID}
 	f := &folder{newInterner()}
-	if _, err := load(ctx, s, f, root); err != nil {
+	_, err = load(ctx, s, f, root, w)
+	if err == nil {
+		err = w.judge(&root.meta)
+	}
+	if err == nil && !w.has && !l.o.ReadOnly && len(root.meta.keys) > 0 {
+		// Whoever made its first key had marked it before.
+		err = &SwapError{Dir: l.o.Dir, Found: &Mark{root.meta.ledger, root.meta.epoch, Anchor{root.meta.seq, root.meta.hash}}, Detail: "its anchor is gone"}
+	}
+	if err != nil {
 		return errors.Join(err, s.close())
 	}
 	root.due.prune(root)
 	root.meta.boot = int64(now.Boot)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.store, l.root, l.folder, l.poisoned = s, root, f, nil
+	l.store, l.root, l.folder, l.poisoned, l.marked = s, root, f, nil, w.mark
 	return nil
 }
 
@@ -115,6 +138,9 @@ func (l *Ledger) Close() error {
 	l.queue.close()
 	l.cancel()
 	l.wg.Wait()
+	if !l.o.ReadOnly {
+		l.keepMark(true)
+	}
 	l.mu.Lock()
 	s, lock := l.store, l.lock
 	l.store, l.lock = nil, nil
@@ -198,6 +224,12 @@ func (l *Ledger) commit(batch []*update) {
 	l.publish(top)
 	failpoint.Hit("ledger.merge.after")
 	l.wake()
+	if l.markDue(false) {
+		select {
+		case l.marks <- struct{}{}:
+		default:
+		}
+	}
 	if l.store.frames.Add(framesOf(records)) >= tidyLog {
 		select {
 		case l.wrote <- struct{}{}:

@@ -82,9 +82,9 @@ func eachHashed(ctx context.Context, s *store, fn func(r *storedRow, body []byte
 
 // load folds all stored events into l and checks every link. A broken chain is
 // a *ChainError.
-func load(ctx context.Context, s *store, f *folder, l *layer, anchors ...Anchor) (events int, err error) {
+func load(ctx context.Context, s *store, f *folder, l *layer, w *witness, anchors ...Anchor) (events int, err error) {
 	c := newChain(anchors)
-	c.folder, c.layer = f, l
+	c.folder, c.layer, c.witness = f, l, w
 	if err := c.all(ctx, s); err != nil {
 		return c.events, err
 	}

@@ -11,6 +11,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/google/uuid"
 )
 
 // Anchor is an event known from elsewhere.
@@ -43,6 +45,8 @@ type chain struct {
 
 	folder *folder
 	layer  *layer // nil: links are checked, not what they say
+
+	witness *witness // nil: nothing else is looked for
 
 	e entry
 }
@@ -90,6 +94,7 @@ func (c *chain) add(seq uint64, body []byte, hash Hash, claim []byte) error {
 		delete(c.known, seq)
 		c.met++
 	}
+	c.witness.see(&c.e, hash)
 	if c.events++; c.first == 0 {
 		c.first = seq
 	}
@@ -128,6 +133,9 @@ func (c *chain) end() error {
 
 func (c *chain) report(err error) (VerifyReport, error) {
 	r := VerifyReport{Events: c.events, First: c.first, Last: c.last, Head: c.hash, Anchors: c.met}
+	if c.layer != nil {
+		r.Ledger, r.Epoch = c.layer.meta.ledger, c.layer.meta.epoch
+	}
 	if broken, ok := errors.AsType[*ChainError](err); ok {
 		r.Broken, err = broken, nil
 	}
@@ -140,25 +148,55 @@ type VerifyReport struct {
 	First, Last uint64      // of them
 	Head        Hash        // of the last of them
 	Anchors     int         // that are part of the chain
+	Ledger      uuid.UUID   // which one it is
+	Epoch       uint64      // at its end
 	Broken      *ChainError // the first broken link; nil: none
 }
 
-// Verify checks the whole chain in dir, and that the events in anchors are
-// part of it. It changes no event and may run beside a broker. Cut-off newest
+// Mark is what was found of the ledger as a whole.
+func (r *VerifyReport) Mark() Mark { return Mark{r.Ledger, r.Epoch, Anchor{r.Last, r.Head}} }
+
+// Verify checks the whole chain in dir, and that the event that the directory
+// itself knows (see Mark) and those in anchors are part of it. It changes no
+// event and may run beside a broker. Cut-off newest
 // events leave a valid chain: only an anchor shows them. A copy made while a
 // broker ran needs the "-wal" file beside the database, or lacks its newest
 // events.
 func Verify(ctx context.Context, dir string, anchors ...Anchor) (VerifyReport, error) {
-	s, err := openToVerify(ctx, dir)
+	// Before the database: what is marked later is not there yet.
+	w, err := newWitness(dir)
+	if err == nil {
+		err = w.gone(filepath.Join(dir, fileName))
+	}
+	if err != nil {
+		return VerifyReport{}, err
+	}
+	return verifyFile(ctx, filepath.Join(dir, fileName), w, anchors)
+}
+
+// VerifyFile is Verify of a database that is no state directory's, such as a
+// backup.
+func VerifyFile(ctx context.Context, path string, anchors ...Anchor) (VerifyReport, error) {
+	return verifyFile(ctx, path, &witness{}, anchors)
+}
+
+func verifyFile(ctx context.Context, path string, w *witness, anchors []Anchor) (VerifyReport, error) {
+	s, err := openToVerify(ctx, path)
 	if err != nil {
 		return VerifyReport{}, err
 	}
 	defer s.close()
 	l := newLayer(nil)
 	c := newChain(anchors)
-	c.folder, c.layer = &folder{newInterner()}, l
+	c.folder, c.layer, c.witness = &folder{newInterner()}, l, w
 	if err = c.all(ctx, s); err == nil {
 		err = c.end()
+	}
+	if err == nil && c.events > 0 {
+		err = w.judge(&l.meta)
+	}
+	if swapped, ok := errors.AsType[*SwapError](err); ok {
+		err = &ChainError{Seq: w.mark.Seq, Problem: BrokenAnchor, Detail: swapped.Detail}
 	}
 	if c.events == 0 && err == nil {
 		err = &ChainError{Seq: 1, Problem: BrokenGap, Detail: "a ledger is made with its first event, and that is missing"}
@@ -170,7 +208,7 @@ func Verify(ctx context.Context, dir string, anchors ...Anchor) (VerifyReport, e
 // before: that the event is what was anchored, and that each one that follows is
 // bound to it. Whether the events before allow those that follow is not looked at.
 func VerifyFrom(ctx context.Context, dir string, from Anchor, more ...Anchor) (VerifyReport, error) {
-	s, err := openToVerify(ctx, dir)
+	s, err := openToVerify(ctx, filepath.Join(dir, fileName))
 	if err != nil {
 		return VerifyReport{}, err
 	}
@@ -205,9 +243,15 @@ func VerifyFrom(ctx context.Context, dir string, from Anchor, more ...Anchor) (V
 	return c.report(err)
 }
 
-func openToVerify(ctx context.Context, dir string) (*store, error) {
-	if _, err := os.Stat(filepath.Join(dir, fileName)); err != nil {
+func openToVerify(ctx context.Context, path string) (*store, error) {
+	if info, err := os.Stat(path); err != nil {
 		return nil, fmt.Errorf("there is no ledger to verify: %w", err)
+	} else if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("there is no ledger to verify: %w: %s is not a regular file", ErrNotLedger, path)
 	}
-	return openStore(ctx, dir, true, "", time.Time{})
+	s := &store{}
+	if err := s.open(ctx, path, true, "", time.Time{}); err != nil {
+		return nil, errors.Join(fmt.Errorf("cannot open the ledger: %w", err), s.close())
+	}
+	return s, nil
 }

@@ -30,6 +30,7 @@ var arrows = []struct {
 	{"vmm", []string{"vmm", "capabilities"}, []string{opa, module + "broker", "modernc.org/sqlite"}},
 	{"agents", []string{"agents", "capabilities"}, []string{opa, module + "broker", "modernc.org/sqlite", "github.com/google/nftables", "github.com/vishvananda/netlink"}},
 	{"broker/ledger", []string{"broker/ledger", "capabilities", "failpoint"}, []string{opa}},
+	{"broker/keys", []string{"broker/ledger", "capabilities", "failpoint"}, []string{opa}},
 	{"broker/reconcile", []string{"broker/reconcile", "broker/ledger", "capabilities", "failpoint"}, []string{opa}},
 	{"broker/api", []string{"broker/api", "capabilities"}, []string{opa, "modernc.org/sqlite"}},
 	{"broker/applyfs", []string{"broker/applyfs", "broker/reconcile", "broker/ledger", "sources", "vmm", "agents/wire", "capabilities", "failpoint"}, []string{opa}},

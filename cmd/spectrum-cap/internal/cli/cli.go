@@ -130,7 +130,7 @@ func (a *app) command() *cobra.Command {
 	root.AddCommand(
 		a.vmCommand(), a.grantCommand(), a.delegateCommand(), a.renewCommand(), a.revokeCommand(), a.listCommand(), a.showCommand(),
 		a.explainCommand(), a.tokenCommand(), a.policyCommand(), a.nameCommand(), a.partitionCommand(),
-		a.auditCommand(), a.eventsCommand(), a.healthCommand(), a.versionCommand(),
+		a.keysCommand(), a.auditCommand(), a.eventsCommand(), a.ledgerCommand(), a.healthCommand(), a.versionCommand(),
 		a.completionCommand(), a.referenceCommand(),
 	)
 	root.SetHelpCommand(&cobra.Command{

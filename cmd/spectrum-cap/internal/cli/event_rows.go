@@ -97,6 +97,7 @@ func (a *app) eventDetail(data json.RawMessage, name func(partition uuid.UUID) s
 		Version    string          `json:"version"`
 		PID        json.Number     `json:"pid"`
 		Epoch      json.Number     `json:"epoch"`
+		KID        string          `json:"kid"`
 		Deadline   struct {
 			Wall string `json:"wall"`
 		} `json:"deadline"`
@@ -123,7 +124,7 @@ func (a *app) eventDetail(data json.RawMessage, name func(partition uuid.UUID) s
 	for _, p := range []string{
 		orElse(d.Spelling, capabilityText(d.Capability, name)), d.Label, d.Name, d.Alias, d.Reason,
 		orElse(d.Decision.Summary, d.Decision.Outcome), d.Engine, d.Error, named("revision", d.Revision),
-		named("run", d.Instance), named("until", d.Deadline.Wall), d.Wall, named("version", d.Version), named("pid", d.PID.String()), named("epoch", d.Epoch.String()),
+		named("run", d.Instance), named("until", d.Deadline.Wall), d.Wall, named("version", d.Version), named("pid", d.PID.String()), named("epoch", d.Epoch.String()), named("key", d.KID),
 	} {
 		if p != "" && !slices.Contains(parts, p) {
 			parts = append(parts, p)

@@ -51,6 +51,10 @@ func TestEveryEventIsReadable(t *testing.T) {
 		{ledger.PolicyRejected, true, false, `{"engine":"` + work.String() + `","error":"p.rego:3:1: no"}`, "- - partition work: p.rego:3:1: no"},
 		{ledger.BrokerStarted, false, false, `{"version":"v1.2","pid":47}`, "- - version v1.2; pid 47"},
 		{ledger.BrokerStopped, false, false, ``, "- -"},
+		{ledger.KeyCreated, false, false, `{"kid":"00112233","public":"AAAA"}`, "- - key 00112233"},
+		{ledger.KeyRevoked, false, false, `{"kid":"00112233","reason":"stolen"}`, "- - stolen; key 00112233"},
+		{ledger.TokenIssued, false, false, `{"kid":"00112233"}`, "- dddddddd key 00112233"},
+		{ledger.LedgerRestored, false, false, `{"epoch":4,"reason":"the ledger was restored from a backup","from":{"seq":7}}`, "- - the ledger was restored from a backup; epoch 4"},
 		{ledger.ClockHighwater, false, false, `{"wall":"2026-01-02T03:04:05Z"}`, "- - 2026-01-02T03:04:05Z"},
 	}
 	f := newFake()

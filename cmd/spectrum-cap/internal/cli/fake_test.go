@@ -42,6 +42,9 @@ type fake struct {
 	// records are the events', in order, where a test gives them
 	records [][]byte
 	wakers  map[chan struct{}]bool
+	keys    []api.Key
+	// keyFrom is how many grants there were when each key became current.
+	keyFrom []int
 	broken  bool // the audit's chain
 }
 
