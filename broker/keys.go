@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"fmt"
+	"maps"
 	"regexp"
 	"slices"
 	"strings"
@@ -15,18 +16,29 @@ import (
 )
 
 // ListKeys implements api.Service.
-func (b *Broker) ListKeys(context.Context) ([]api.Key, error) {
+func (b *Broker) ListKeys(context.Context) ([]api.Key, error) { return b.keyViews(), nil }
+
+// keyViews are all keys, the oldest first.
+func (b *Broker) keyViews() []api.Key {
+	b.mu.Lock()
+	barred := maps.Clone(b.barredKeys)
+	b.mu.Unlock()
 	var out []api.Key
 	b.ledger.View(func(s *ledger.State) {
 		for _, k := range s.Keys() {
-			out = append(out, b.keyView(s, k))
+			v := keyView(k)
+			v.Grants = len(s.SignedBy(k.KID))
+			if t, is := barred[k.KID]; is && v.Revoked == nil {
+				v.State, v.Reason = api.KeyRevoked, t.Reason+" (not on record yet)"
+			}
+			out = append(out, v)
 		}
 	})
-	return out, nil
+	return out
 }
 
-func (b *Broker) keyView(s *ledger.State, k ledger.Key) api.Key {
-	v := api.Key{KID: k.KID, State: api.KeyRetired, Created: k.Created, Epoch: k.Epoch, Grants: len(s.SignedBy(k.KID))}
+func keyView(k ledger.Key) api.Key {
+	v := api.Key{KID: k.KID, State: api.KeyRetired, Created: k.Created, Epoch: k.Epoch}
 	switch {
 	case !k.Revoked.IsZero():
 		v.State, v.Revoked, v.Reason = api.KeyRevoked, &k.Revoked, k.Reason
@@ -36,21 +48,18 @@ func (b *Broker) keyView(s *ledger.State, k ledger.Key) api.Key {
 	if !k.Retired.IsZero() {
 		v.Retired = &k.Retired
 	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if t, barred := b.barredKeys[k.KID]; barred && v.Revoked == nil {
-		v.State, v.Reason = api.KeyRevoked, t.Reason+" (not on record yet)"
-	}
 	return v
 }
 
-func (b *Broker) showKey(kid string) (out api.Key) {
-	b.ledger.View(func(s *ledger.State) {
-		if k, ok := s.Key(kid); ok {
-			out = b.keyView(s, k)
+// showKey is one key, and the current one.
+func (b *Broker) showKey(kid string) (out, current api.Key) {
+	for _, k := range b.keyViews() {
+		if k.KID == kid {
+			out = k
 		}
-	})
-	return out
+		current = k // the newest
+	}
+	return out, current
 }
 
 // RotateKeys implements api.Service.
@@ -67,7 +76,8 @@ func (b *Broker) RotateKeys(ctx context.Context, by api.Caller) (api.Key, error)
 	if done != nil {
 		b.log.Error("the key file does not hold the new key yet", "kid", staged.KID(), "err", done)
 	}
-	return b.showKey(staged.KID()), nil
+	made, _ := b.showKey(staged.KID())
+	return made, nil
 }
 
 var kidPattern = regexp.MustCompile(`^[0-9a-f]{4,16}$`)
@@ -115,14 +125,8 @@ func (b *Broker) RevokeKey(ctx context.Context, by api.Caller, ref string, req a
 	if err != nil {
 		return api.RevokeKeyResult{}, err
 	}
-	out := api.RevokeKeyResult{
-		Key: b.showKey(k.KID), Revoked: b.apiGrants(ctx, done.revoked), Revoking: b.apiGrants(ctx, done.revoking),
-	}
-	b.ledger.View(func(s *ledger.State) {
-		if current, ok := s.CurrentKey(); ok {
-			out.Current = b.keyView(s, current)
-		}
-	})
+	out := api.RevokeKeyResult{Revoked: b.apiGrants(ctx, done.revoked), Revoking: b.apiGrants(ctx, done.revoking)}
+	out.Key, out.Current = b.showKey(k.KID)
 	return out, nil
 }
 

@@ -66,6 +66,14 @@ func tellStory(text string) {
 		defer saying.Unlock()
 		fmt.Println(what, id)
 	}
+	if s.Synchronous == "" {
+		// As shipped, what is known outside of the database is never ahead of it.
+		go func() {
+			for l.Mark() == nil {
+				time.Sleep(time.Millisecond)
+			}
+		}()
+	}
 	var writers sync.WaitGroup
 	for w := range s.Writers {
 		writers.Go(func() {

@@ -85,7 +85,7 @@ whatever became of the present key's file: for when that is lost or damaged.`,
 				key, err = a.broker().RotateKeys(cmd.Context())
 			}
 			if err != nil {
-				return err
+				return stopFirst(err)
 			}
 			var answer any = key
 			if state != "" {

@@ -152,6 +152,14 @@ to whom, and can do nothing with it.`,
 	return cmd
 }
 
+// stopFirst says what to do about a broker that is in the way.
+func stopFirst(err error) error {
+	if errors.Is(err, ledger.ErrLocked) {
+		return fmt.Errorf("%w; stop the broker first", err)
+	}
+	return err
+}
+
 func (a *app) ledgerRestoreCommand() *cobra.Command {
 	var state string
 	cmd := &cobra.Command{
@@ -174,11 +182,8 @@ only.`,
 			end := a.progress("verifying and restoring")
 			r, err := a.offline(state).Restore(cmd.Context(), got[0])
 			end()
-			if errors.Is(err, ledger.ErrLocked) {
-				return fmt.Errorf("%w; stop the broker first", err)
-			}
 			if err != nil {
-				return err
+				return stopFirst(err)
 			}
 			v := viewOf(got[0], r.Events, r.Mark)
 			v.Key, v.Revoking, v.Replaced = r.KID, &r.Ended, r.Replaced
