@@ -72,7 +72,7 @@ func TestSeenLabels(t *testing.T) {
 	}
 	got, err := os.ReadFile(seen)
 	// Once for each process, and before the label's own kill.
-	if want := "test.one\ntest.two\ntest.one\ntest.two\n"; err != nil || string(got) != want {
+	if want := "test.one\ntest.two\ntest.one\ntest.two\ntest.two killed\n"; err != nil || string(got) != want {
 		t.Errorf("seen: %q, %v; want %q", got, err, want)
 	}
 }

@@ -22,7 +22,7 @@ const Enabled = true
 const ArmVar = "SPECTRUM_FAILPOINTS"
 
 // SeenVar names a file to which every process appends each label that it hits,
-// once, one a line.
+// once, one a line, and "LABEL killed" where it dies of it.
 const SeenVar = "SPECTRUM_FAILPOINTS_SEEN"
 
 // arm is what is to happen at a label.
@@ -70,6 +70,9 @@ func reached(label string) *arm {
 	}
 	if a.count--; a.count != 0 {
 		return nil
+	}
+	if a.kill && state.seen != nil {
+		_, _ = state.seen.WriteString(label + " killed\n")
 	}
 	return a
 }

@@ -26,6 +26,8 @@ type Desktop struct {
 	Client *api.Client
 	// BrokerArgs are further arguments of the broker.
 	BrokerArgs []string
+	// BrokerEnv is added to the broker's environment.
+	BrokerEnv []string
 	// State is the state directory, where it is not beneath Dir.
 	State string
 
@@ -166,6 +168,7 @@ func (d *Desktop) StartBroker(ctx context.Context) error {
 	}, d.BrokerArgs...)
 	// Not CommandContext: the broker outlives the context of its start.
 	cmd := exec.Command(d.Tools.Broker, args...) //nolint:noctx // see above
+	cmd.Env = append(os.Environ(), d.BrokerEnv...)
 	cmd.Stdout, cmd.Stderr = logFile, logFile
 	// A session of its own: a Ctrl-C at the terminal is for whoever runs the
 	// desktop, who then ends the broker in good order.
@@ -219,6 +222,30 @@ func (d *Desktop) BrokerPID() int {
 		return 0
 	}
 	return d.broker.Process.Pid
+}
+
+// BrokerExited is closed once the broker that was started last has ended; of
+// one that was never started it is nil.
+func (d *Desktop) BrokerExited() <-chan struct{} {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.exited
+}
+
+// BrokerSignal is the signal that ended the broker, or -1.
+func (d *Desktop) BrokerSignal() syscall.Signal {
+	d.mu.Lock()
+	cmd, exited := d.broker, d.exited
+	d.mu.Unlock()
+	if cmd == nil {
+		return -1
+	}
+	select {
+	case <-exited:
+		return cmd.ProcessState.Sys().(syscall.WaitStatus).Signal()
+	default:
+		return -1
+	}
 }
 
 // StopBroker sends the broker a signal and waits until it has ended.
