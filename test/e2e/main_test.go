@@ -21,11 +21,19 @@ import (
 var (
 	tools harness.Tools
 	demo  string
+	// armed are programs that were built with failpoints.
+	armed     struct{ broker, shim string }
+	killTimes int
+	killSeed  uint64
 )
 
 func TestMain(m *testing.M) {
 	tools.Register(flag.CommandLine)
 	flag.StringVar(&demo, "demo", "", "the demo")
+	flag.StringVar(&armed.broker, "armed-broker", "", "a broker that was built with failpoints")
+	flag.StringVar(&armed.shim, "armed-shim", "", "a shim that was built with failpoints")
+	flag.IntVar(&killTimes, "kill-times", 5, "how often TestKills kills the broker")
+	flag.Uint64Var(&killSeed, "kill-seed", 0, "seed of TestKills; 0 takes one from the clock")
 	flag.Parse()
 	code := m.Run()
 	os.Exit(code)

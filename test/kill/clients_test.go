@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -27,12 +28,17 @@ type life struct {
 	done       atomic.Int64
 	acked      atomic.Int64
 	lost       atomic.Bool // somebody did not answer just now
+	full       atomic.Bool // the disk is
 }
 
 // client does one operation after another until ctx ends or nobody answers.
 func (l *life) client(ctx context.Context, r *rand.Rand) {
 	for ctx.Err() == nil {
 		op := operations[r.IntN(len(operations))]
+		if l.full.Load() && r.IntN(2) == 0 {
+			// What room the ledger has left is used up, and then it matters.
+			op = onceFull[r.IntN(len(onceFull))]
+		}
 		if op(l, ctx, r) {
 			l.done.Add(1)
 		}
@@ -73,6 +79,8 @@ var operations = []func(l *life, ctx context.Context, r *rand.Rand) bool{
 	(*life).disturbGuest,
 	(*life).rename,
 }
+
+var onceFull = []func(l *life, ctx context.Context, r *rand.Rand) bool{(*life).rename, (*life).rename, (*life).revoke, (*life).drop}
 
 // most is how many grants one VM holds before some are taken back first.
 const most = 8
@@ -244,6 +252,14 @@ func (l *life) revoke(ctx context.Context, r *rand.Rand) bool {
 	out, err := l.Client.Revoke(ctx, req)
 	l.note("revoke%s wait=%v -> %d revoked %d revoking %v", names, req.Wait, len(out.Revoked), len(out.Revoking), err)
 	l.answered(err)
+	var unrecorded *api.Error
+	if errors.As(err, &unrecorded) && unrecorded.Code == api.CodeUnavailable && strings.HasPrefix(unrecorded.Detail, "access was cut, but") {
+		// It could not be recorded, and holds all the same.
+		l.gone(all...)
+		for _, g := range all {
+			l.mustBeGone(ctx, g.vm.id, g.id)
+		}
+	}
 	if err != nil {
 		return true
 	}

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
 	"spectrum-os.org/broker/broker/ledger"
 	"spectrum-os.org/broker/test/harness"
@@ -48,6 +49,7 @@ type world struct {
 	parts    []harness.Partition
 	machines []*machine
 	anchors  []ledger.Anchor
+	disk     string    // the state directory, where it is a small disk of its own
 	begun    time.Time // the last broker's start
 	failed   sync.Once
 	failure  string
@@ -64,6 +66,11 @@ func newWorld(t *testing.T, s *statistics, part int) *world {
 		t.Fatal(err)
 	}
 	w := &world{Desktop: d, t: t, part: part, stats: s}
+	if part%fullDiskEvery == fullDiskEvery-1 {
+		if err := w.smallDisk(); err != nil {
+			t.Fatal(err)
+		}
+	}
 	w.names = map[uuid.UUID]*named{}
 	d.BrokerArgs = []string{
 		"--boot-grace", "1ms", "--cut-deadline", "300ms", "--guest-requests", "1000000", "--guest-burst", "1000000",
@@ -166,6 +173,12 @@ func (w *world) end() {
 	if err := w.stats.addSeen(w.seenFile()); err != nil {
 		t.Error(err)
 	}
+	if w.disk != "" {
+		if err := unix.Unmount(w.disk, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+		_ = os.Remove(w.disk)
+	}
 	if !t.Failed() {
 		if err := os.RemoveAll(w.Dir); err != nil {
 			t.Error(err)
@@ -183,6 +196,10 @@ type plan struct {
 	operations int
 	// shim: a shim is killed half-way.
 	shim bool
+	// full: the state directory's disk is full from half-way on.
+	full bool
+	// told: it is told to end, and not killed unless at its failpoint.
+	told bool
 }
 
 func (p plan) String() string {
@@ -192,7 +209,7 @@ func (p plan) String() string {
 	case p.starting != 0:
 		return fmt.Sprintf("killed %v after its start", p.starting)
 	}
-	return fmt.Sprintf("killed after %d operations (and a shim: %v)", p.operations, p.shim)
+	return fmt.Sprintf("killed after %d operations (and a shim: %v, on a full disk: %v, told to end: %v)", p.operations, p.shim, p.full, p.told)
 }
 
 // choose makes the plan of one life. Failpoints come one after another in an
@@ -208,15 +225,25 @@ func (w *world) choose(r *rand.Rand, number uint64) plan {
 			// The first start of all makes what later ones find.
 			p.label = firstSteps[r.IntN(len(firstSteps))]
 		}
-		p.count = []int{1, 1, 1, 2, 3, 5, 9}[r.IntN(7)]
-		p.operations = 40
+		p.count = []int{1, 1, 1, 1, 2, 2, 3, 5}[r.IntN(8)]
+		p.operations = 25
 	case n == 6:
 		p.starting = time.Duration(1+r.IntN(400)) * time.Millisecond
 	case n == 7:
 		p.shim = true
 	}
+	p.told = p.label != "" && strings.HasPrefix(p.label, "close.")
+	if w.disk != "" && r.IntN(2) == 0 {
+		p.starting, p.full = 0, true
+		if p.label == "" || r.IntN(2) == 0 {
+			p.label = onFullDisk[r.IntN(len(onFullDisk))]
+		}
+	}
 	return p
 }
+
+// onFullDisk are failpoints of a broker that cannot write.
+var onFullDisk = []string{"", "ledger.reopen.before", "tombstone.before", "tombstone.made", "tombstone.written", "tombstone.recorded", "tombstone.removed"}
 
 // firstSteps are failpoints of a broker that has no state yet.
 var firstSteps = []string{
@@ -262,7 +289,13 @@ func (w *world) live(r *rand.Rand, p plan) error {
 		return fmt.Errorf("%v: %w", p, err)
 	}
 	w.stats.ready = append(w.stats.ready, ready)
-	err = w.compare()
+	if err = w.compare(); err != nil {
+		// A broker that dies stops answering before its end is seen.
+		select {
+		case <-w.BrokerExited():
+		case <-time.After(time.Second):
+		}
+	}
 	if w.killed() {
 		w.count(p, false) // by what was asked of it while comparing; the next life compares
 		return nil
@@ -271,6 +304,7 @@ func (w *world) live(r *rand.Rand, p plan) error {
 		return fmt.Errorf("%v: %w", p, err)
 	}
 	byItself := w.loose(r, p)
+	killed := w.BrokerSignal() == syscall.SIGKILL
 	if err := w.StopBroker(syscall.SIGKILL); err != nil {
 		return err
 	}
@@ -278,7 +312,9 @@ func (w *world) live(r *rand.Rand, p plan) error {
 	if !byItself {
 		p.label = ""
 	}
-	w.count(p, false)
+	if killed {
+		w.count(p, false)
+	}
 	return nil
 }
 
@@ -334,6 +370,11 @@ wait:
 			break wait
 		case <-tick.C:
 		}
+		if p.full && int(l.done.Load()) >= p.operations/2 {
+			p.full = false
+			w.fill()
+			l.full.Store(true)
+		}
 		if p.shim && int(l.done.Load()) >= p.operations/2 && l.killShim(r) {
 			p.shim = false
 		}
@@ -343,13 +384,57 @@ wait:
 	case <-w.BrokerExited():
 		byItself = true
 	default:
-		_ = syscall.Kill(w.BrokerPID(), syscall.SIGKILL)
-		<-w.BrokerExited()
+		w.finish(p.told)
+		byItself = p.told && w.BrokerSignal() == syscall.SIGKILL
 	}
 	wg.Wait()
+	w.empty()
 	w.stats.operations += int(l.done.Load())
 	w.stats.acknowledged += int(l.acked.Load())
 	return byItself
+}
+
+// finish kills the broker, or tells it to end.
+func (w *world) finish(told bool) {
+	if told {
+		_ = syscall.Kill(w.BrokerPID(), syscall.SIGTERM)
+		select {
+		case <-w.BrokerExited():
+			return
+		case <-time.After(w.Stretched(20 * time.Second)):
+			w.failf("the broker did not end within %v when told to", w.Stretched(20*time.Second))
+		}
+	}
+	_ = syscall.Kill(w.BrokerPID(), syscall.SIGKILL)
+	<-w.BrokerExited()
+}
+
+// fullDiskEvery: one part in so many has a disk that can be full.
+const fullDiskEvery = 4
+
+// smallDisk puts the state directory on a disk of its own.
+func (w *world) smallDisk() error {
+	dir, err := newDir()
+	if err != nil {
+		return err
+	}
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=8m,mode=0700"); err != nil {
+		return fmt.Errorf("cannot mount a small disk: %w", err)
+	}
+	w.disk, w.State = dir, dir
+	return nil
+}
+
+// fill leaves no room on the small disk, but what the ledger's file has.
+func (w *world) fill() {
+	err := os.WriteFile(filepath.Join(w.disk, "ballast"), make([]byte, 16<<20), 0o600)
+	w.note("the disk is full: %v", err)
+}
+
+func (w *world) empty() {
+	if w.disk != "" {
+		_ = os.Remove(filepath.Join(w.disk, "ballast"))
+	}
 }
 
 // mustBeGone asserts that nothing of a grant gives access any more, right after

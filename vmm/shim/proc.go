@@ -66,7 +66,7 @@ var errOtherProcess = errors.New("the process is gone or another one has its num
 
 // open returns a pidfd of exactly this process. The number is looked up, then
 // the start time is compared: once they agree, the descriptor is right for
-// ever.
+// ever. One that has ended is gone, however late its parent collects it.
 func (p Proc) open() (*os.File, error) {
 	id, err := clock.BootID()
 	if err != nil {
@@ -80,7 +80,7 @@ func (p Proc) open() (*os.File, error) {
 		return nil, errOtherProcess
 	}
 	start, err := startTime(p.PID)
-	if err != nil || start != p.Start {
+	if err != nil || start != p.Start || pidfdExited(fd) {
 		_ = unix.Close(fd)
 		return nil, errOtherProcess
 	}
