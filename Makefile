@@ -29,13 +29,23 @@ ROOT := $(CURDIR)/test/setup/root
 # Flags of every binary that boots guests.
 GUEST_FLAGS = -vmm "$$vmm" -virtiofsd $(CACHE)/crates/bin/virtiofsd \
 	-kernel $(CACHE)/kernel/vmlinux -initramfs $(CACHE)/guest/initramfs.img
+# make soak kills the broker so often, with choices of this seed (0: the
+# clock's), from this desktop on.
+KILLS ?= 10000
+SEED  ?= 0
+PART  ?= 0
+GUEST_KILLS ?= 30
+
+# The broker and the shim with failpoints in them, for those who kill them.
+ARMED = CGO_ENABLED=0 go build -trimpath -tags failpoints -o $(BIN)/armed/ ./cmd/spectrum-broker ./cmd/spectrum-shim
+ARMED_FLAGS = -armed-broker $(BIN)/armed/spectrum-broker -armed-shim $(BIN)/armed/spectrum-shim
 BROKER_FLAGS = -shim $(BIN)/spectrum-shim -broker $(BIN)/spectrum-broker -cap $(BIN)/spectrum-cap
 
 # Packages whose tests need no guest.
-UNIT = $$(go list ./... | grep -vE '/test/(e2e|contract|bench|demo)$$')
+UNIT = $$(go list ./... | grep -vE '/test/(e2e|contract|bench|demo|kill)$$')
 
 .NOTPARALLEL:
-.PHONY: help demo test setup build check generate vuln unit contract e2e bench fuzz docs clean
+.PHONY: help demo test setup build check generate vuln unit contract kills e2e soak bench fuzz docs clean
 
 help: ## show this list
 	@sed -nE 's/^([a-z0-9]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r t d; do printf '  make %-10s %s\n' "$$t" "$$d"; done
@@ -43,7 +53,7 @@ help: ## show this list
 demo: setup ## see a grant and its end on real guests (KEEP=1 leaves it running)
 	@$(PICK_VMM); exec $(ROOT) $(BIN)/demo $(if $(filter-out 0,$(KEEP)),-keep) $(GUEST_FLAGS) $(BROKER_FLAGS)
 
-test: setup check unit contract e2e ## everything: check, unit tests with -race, contract and e2e on real guests
+test: setup check unit contract kills e2e ## everything: check, unit tests with -race, contract, 200 kills, e2e on real guests
 
 setup: ## install and build what the other targets need, into the user's cache
 	@test/setup/setup
@@ -54,19 +64,36 @@ build: ## build the four programs into bin/
 unit: ## go test -race for all that needs no guest (RUN=pattern)
 	@timeout -k 30 25m $(BIN)/skips -- go test -json -race -timeout 12m $(if $(filter-out 0,$(shell id -u)),-exec $(ROOT)) $(if $(RUN),-run '$(RUN)') $(UNIT)
 
-# $(call guests,NAME,FLAGS,TIMEOUT) builds test/NAME into one relocatable
-# binary and runs it away from its sources.
+# $(call guests,NAME,FLAGS,TIMEOUT,PATTERN) builds test/NAME into one relocatable
+# binary and runs it away from its sources: RUN's tests, or always PATTERN's.
 guests = CGO_ENABLED=0 go test -c -trimpath -o $(BIN)/$(1).test ./test/$(1); \
 	$(PICK_VMM); echo "$(1): on $$vmm"; allow=$$PWD/test/allowed-skips.txt; cd $(BIN); \
 	timeout -k 30 $(3)m $(BIN)/skips -v -allow "$$allow" -- go tool test2json -t -p spectrum-os.org/broker/test/$(1) \
-	  $(ROOT) $(BIN)/$(1).test -test.v=test2json -test.timeout $(3)m $(if $(RUN),-test.run '$(RUN)') \
+	  $(ROOT) $(BIN)/$(1).test -test.v=test2json -test.timeout $(3)m $(if $(or $(4),$(RUN)),-test.run '$(or $(4),$(RUN))') \
 	  $(GUEST_FLAGS) $(2) -stretch $(STRETCH)
 
 contract: setup ## hold the VMM client against the VMM (VMM=path, RUN=pattern)
 	@$(call guests,contract,,12)
 
 e2e: setup ## the end-to-end suite on real guests (VMM=path, STRETCH=n, RUN=pattern)
-	@$(call guests,e2e,$(BROKER_FLAGS) -demo $(BIN)/demo,30)
+	@$(ARMED); $(call guests,e2e,$(BROKER_FLAGS) $(ARMED_FLAGS) -demo $(BIN)/demo,30)
+
+# $(call kills,FLAGS,TIMEOUT) kills the broker beneath a VMM without a guest.
+kills = $(ARMED); CGO_ENABLED=0 go test -c -trimpath -o $(BIN)/kill.test ./test/kill; \
+	source=$$PWD; cd $(BIN); timeout -k 30 $(2)m $(BIN)/skips -v -allow "$$source/test/allowed-skips.txt" -- go tool test2json -t -p spectrum-os.org/broker/test/kill \
+	  $(ROOT) $(BIN)/kill.test -test.v=test2json -test.timeout $(2)m -source "$$source" \
+	  -broker $(BIN)/armed/spectrum-broker -shim $(BIN)/armed/spectrum-shim -virtiofsd $(CACHE)/crates/bin/virtiofsd \
+	  -stretch $(STRETCH) -seed $(SEED) -part $(PART) $(1)
+
+# $(call minutes,KILLS,IN A MINUTE) is how long so many may take.
+minutes = $(shell expr $(1) / $(2) + 30)
+
+kills: setup ## kill the broker and shims 200 times and compare with what was acknowledged
+	@$(call kills,-kills 200 -progress 30s,12)
+
+soak: setup ## kill the broker KILLS=10000 times, and GUEST_KILLS=30 with real guests (SEED=n, PART=n: again)
+	@$(call kills,-kills $(KILLS) -progress 30s,$(call minutes,$(KILLS),10))
+	@[ $(GUEST_KILLS) = 0 ] || { $(ARMED); $(call guests,e2e,$(BROKER_FLAGS) $(ARMED_FLAGS) -kill-times $(GUEST_KILLS) -kill-seed $(SEED),$(call minutes,$(GUEST_KILLS),1),^TestKills$$); }
 
 bench: setup ## print speed as ratios against probes in the same run, and write bench.json
 	@CGO_ENABLED=0 go build -trimpath -o $(BIN)/bench ./test/bench; \

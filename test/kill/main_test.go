@@ -31,6 +31,9 @@ var (
 // made, so that the first start is killed too and no ledger grows without end.
 const killsInPart = 40
 
+// mostFailures is after how many parts that failed a run is given up.
+const mostFailures = 5
+
 // TestMain lets the test binary be the VMM.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == "--api-socket" {
@@ -83,24 +86,26 @@ func TestKills(t *testing.T) {
 	t.Logf("seed %d: %s", seed, again(firstPart))
 	s := newStatistics(all)
 	defer func() { t.Log(s.String()) }()
-	for part := firstPart; s.kills < kills; part++ {
+	failed := 0
+	for part := firstPart; s.kills < kills && failed < mostFailures; part++ {
 		w := newWorld(t, s, part)
 		ok := t.Run(fmt.Sprintf("part %d", part), func(t *testing.T) {
 			w.t = t
 			w.survive(min(killsInPart, kills-s.kills))
 		})
 		if !ok {
-			t.Fatalf("to replay the choices of this part: %s", again(part))
+			failed++
+			t.Logf("to replay the choices of part %d: %s", part, again(part))
 		}
 	}
-	if firstPart == 0 && kills >= 200 {
+	if firstPart == 0 && kills >= 200 && failed == 0 {
 		s.everyLabelWasHit(t)
 	}
 }
 
 // again is how the same choices are made again.
 func again(part int) string {
-	return fmt.Sprintf("make soak KILLS=%d SEED=%d PART=%d", max(kills-part*killsInPart, 1), seed, part)
+	return fmt.Sprintf("make soak KILLS=%d SEED=%d PART=%d", min(killsInPart, max(kills-part*killsInPart, 1)), seed, part)
 }
 
 // choices is the random source of one part, and of one of its lives.

@@ -360,7 +360,7 @@ func (w *world) loose(r *rand.Rand, p plan) (byItself bool) {
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	// An armed failpoint that nobody comes by must not hold up the run.
-	limit := time.After(w.Stretched(time.Second))
+	limit := time.After(time.Second)
 wait:
 	for int(l.done.Load()) < p.operations {
 		select {
