@@ -5,9 +5,12 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -25,6 +28,8 @@ var (
 	firstPart int
 	source    string
 	progress  time.Duration
+
+	interrupted atomic.Bool
 )
 
 // killsInPart is how many kills one desktop lives through. Then a new one is
@@ -46,6 +51,13 @@ func TestMain(m *testing.M) {
 	flag.StringVar(&source, "source", "", "the source tree that the programs were built from, for its failpoints")
 	flag.DurationVar(&progress, "progress", 0, "say how it goes this often; 0: never")
 	flag.Parse()
+	// Whoever gives up a long run gets a desktop that is closed in good order.
+	told := make(chan os.Signal, 1)
+	signal.Notify(told, syscall.SIGINT, syscall.SIGTERM)
+	go func() {
+		<-told
+		interrupted.Store(true)
+	}()
 	os.Exit(m.Run())
 }
 
@@ -87,7 +99,7 @@ func TestKills(t *testing.T) {
 	s := newStatistics(all)
 	defer func() { t.Log(s.String()) }()
 	failed := 0
-	for part := firstPart; s.kills < kills && failed < mostFailures; part++ {
+	for part := firstPart; s.kills < kills && failed < mostFailures && !interrupted.Load(); part++ {
 		w := newWorld(t, s, part)
 		ok := t.Run(fmt.Sprintf("part %d", part), func(t *testing.T) {
 			w.t = t
@@ -97,6 +109,9 @@ func TestKills(t *testing.T) {
 			failed++
 			t.Logf("to replay the choices of part %d: %s", part, again(part))
 		}
+	}
+	if interrupted.Load() {
+		t.Fatal("interrupted")
 	}
 	if firstPart == 0 && kills >= 200 && failed == 0 {
 		s.everyLabelWasHit(t)

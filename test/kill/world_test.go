@@ -116,7 +116,7 @@ func (w *world) seenFile() string { return filepath.Join(w.Dir, "seen") }
 func (w *world) survive(times int) {
 	t := w.t
 	defer w.end()
-	for until, number := w.stats.kills+times, uint64(0); w.stats.kills < until && !t.Failed(); number++ {
+	for until, number := w.stats.kills+times, uint64(0); w.stats.kills < until && !t.Failed() && !interrupted.Load(); number++ {
 		r := choices(uint64(w.part), number)
 		if err := w.live(r, w.choose(r, number)); err != nil {
 			t.Error(err)
@@ -236,7 +236,7 @@ func (w *world) choose(r *rand.Rand, number uint64) plan {
 	if w.disk != "" && r.IntN(2) == 0 {
 		p.starting, p.full = 0, true
 		if p.label == "" || r.IntN(2) == 0 {
-			p.label = onFullDisk[r.IntN(len(onFullDisk))]
+			p.label, p.count = onFullDisk[r.IntN(len(onFullDisk))], 1+r.IntN(2)
 		}
 	}
 	return p
