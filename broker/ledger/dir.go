@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -44,6 +45,10 @@ func prepareDir(dir string) error {
 	return nil
 }
 
+// lockPatience is how long the lock of a broker that was killed may outlive it:
+// a child that it had just forked holds it, too, until it executes its program.
+const lockPatience = 2 * time.Second
+
 // takeLock keeps a second broker out for as long as the file stays open, and
 // tells it who is in.
 func takeLock(dir string) (*os.File, error) {
@@ -51,7 +56,7 @@ func takeLock(dir string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot lock the ledger: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := flock(f, lockPatience); err != nil {
 		defer f.Close()
 		if !errors.Is(err, unix.EWOULDBLOCK) {
 			return nil, fmt.Errorf("cannot lock the ledger: %w", err)
@@ -68,6 +73,16 @@ func takeLock(dir string) (*os.File, error) {
 		return nil, errors.Join(fmt.Errorf("cannot lock the ledger: %w", err), f.Close())
 	}
 	return f, nil
+}
+
+// flock fails with EWOULDBLOCK where somebody else has the lock all that time.
+func flock(f *os.File, patience time.Duration) error {
+	for end := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(end) {
+			return err
+		}
+	}
 }
 
 func writeAt(f *os.File, s string) error {
