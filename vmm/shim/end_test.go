@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -36,6 +37,39 @@ func TestEndOfVM(t *testing.T) {
 			v.wantExit()
 		})
 	}
+}
+
+// An object that the VMM was not yet told of ends with its VM because the VM
+// ended, and not because somebody removed it: a grant that persists waits for
+// the next run, and does not fail.
+func TestEndOfVMOvertakesPuts(t *testing.T) {
+	v := startVM(t, "slow-add")
+	dir := t.TempDir()
+	puts := make(chan error, 3)
+	for i := range 3 {
+		o := v.object(fmt.Sprintf("p%d", i))
+		go func() {
+			_, err := v.Put(context.WithoutCancel(t.Context()), o, openPath(t, dir))
+			puts <- err
+		}()
+		for len(v.state().Objects) < i+1 || len(v.state().Objects[i].PIDs) == 0 {
+			time.Sleep(5 * time.Millisecond)
+		}
+	}
+	// The VMM is busy for a second with the first, and the others wait for it.
+	stopped := make(chan error, 1)
+	go func() { stopped <- v.Stop(ctxFor(t, 10*time.Second), 0) }()
+	for range 3 {
+		err := <-puts
+		if errors.Is(err, ErrNoShim) {
+			continue // the shim has ended as well by then
+		}
+		wantCode(t, err, CodeNotRunning)
+	}
+	if err := <-stopped; err != nil {
+		t.Error(err)
+	}
+	v.wantExit()
 }
 
 func (v *vm) wantExit() {

@@ -172,7 +172,7 @@ func (s *server) cut(o *object, add *call) {
 		o.child.kill()
 		<-o.child.exited
 		why := o.reason()
-		if !o.ending() && isClosed(o.instance.over) {
+		if !isClosed(o.end) && isClosed(o.instance.over) {
 			why = refuse(CodeNotRunning, "the VM has ended")
 		}
 		s.gone(o, why, slotFree)
