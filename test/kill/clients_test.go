@@ -29,6 +29,7 @@ type life struct {
 	acked      atomic.Int64
 	lost       atomic.Bool // somebody did not answer just now
 	full       atomic.Bool // the disk is
+	unrecorded atomic.Int64
 }
 
 // client does one operation after another until ctx ends or nobody answers.
@@ -255,6 +256,7 @@ func (l *life) revoke(ctx context.Context, r *rand.Rand) bool {
 	var unrecorded *api.Error
 	if errors.As(err, &unrecorded) && unrecorded.Code == api.CodeUnavailable && strings.HasPrefix(unrecorded.Detail, "access was cut, but") {
 		// It could not be recorded, and holds all the same.
+		l.unrecorded.Add(1)
 		l.gone(all...)
 		for _, g := range all {
 			l.mustBeGone(ctx, g.vm.id, g.id)

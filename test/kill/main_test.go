@@ -142,6 +142,7 @@ type statistics struct {
 	kills, atLabel, atMoment, atStart, shims int
 	byLabel                                  map[string]int
 	operations, acknowledged, comparisons    int
+	unrecorded                               int // revocations that cut access on a full disk
 	ready                                    []time.Duration
 }
 
@@ -156,9 +157,9 @@ func (s *statistics) String() string {
 		half, worst = s.ready[n/2], s.ready[n-1]
 	}
 	return fmt.Sprintf("%d kills in %v: %d of them at a failpoint, %d at a random moment, and of either %d while starting; "+
-		"shims and launchers included, %d failpoints killed somebody; %d shims killed besides; %d operations, %d acknowledged; %d comparisons; ready after %v (median), %v (worst)",
+		"shims and launchers included, %d failpoints killed somebody; %d shims killed besides; %d operations, %d acknowledged, %d revocations on a full disk; %d comparisons; ready after %v (median), %v (worst)",
 		s.kills, time.Since(s.begun).Round(time.Second), s.atLabel, s.atMoment, s.atStart, len(s.byLabel), s.shims,
-		s.operations, s.acknowledged, s.comparisons, half.Round(time.Millisecond), worst.Round(time.Millisecond))
+		s.operations, s.acknowledged, s.unrecorded, s.comparisons, half.Round(time.Millisecond), worst.Round(time.Millisecond))
 }
 
 func (s *statistics) tell() {

@@ -234,7 +234,7 @@ func (w *world) choose(r *rand.Rand, number uint64) plan {
 	}
 	p.told = p.label != "" && strings.HasPrefix(p.label, "close.")
 	if w.disk != "" && r.IntN(2) == 0 {
-		p.starting, p.full = 0, true
+		p.starting, p.full, p.operations = 0, true, 40
 		if p.label == "" || r.IntN(2) == 0 {
 			p.label, p.count = onFullDisk[r.IntN(len(onFullDisk))], 1+r.IntN(2)
 		}
@@ -360,7 +360,11 @@ func (w *world) loose(r *rand.Rand, p plan) (byItself bool) {
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	// An armed failpoint that nobody comes by must not hold up the run.
-	limit := time.After(time.Second)
+	patience := time.Second
+	if p.full {
+		patience = w.Stretched(4 * time.Second)
+	}
+	limit := time.After(patience)
 wait:
 	for int(l.done.Load()) < p.operations {
 		select {
@@ -370,10 +374,9 @@ wait:
 			break wait
 		case <-tick.C:
 		}
-		if p.full && int(l.done.Load()) >= p.operations/2 {
+		if p.full && int(l.done.Load()) >= p.operations/4 {
 			p.full = false
-			w.fill()
-			l.full.Store(true)
+			l.fill(ctx)
 		}
 		if p.shim && int(l.done.Load()) >= p.operations/2 && l.killShim(r) {
 			p.shim = false
@@ -391,6 +394,7 @@ wait:
 	w.empty()
 	w.stats.operations += int(l.done.Load())
 	w.stats.acknowledged += int(l.acked.Load())
+	w.stats.unrecorded += int(l.unrecorded.Load())
 	return byItself
 }
 
@@ -425,10 +429,24 @@ func (w *world) smallDisk() error {
 	return nil
 }
 
-// fill leaves no room on the small disk, but what the ledger's file has.
-func (w *world) fill() {
-	err := os.WriteFile(filepath.Join(w.disk, "ballast"), make([]byte, 16<<20), 0o600)
-	w.note("the disk is full: %v", err)
+// fill leaves no room on the small disk, also not what the ledger had reserved.
+func (l *life) fill(ctx context.Context) {
+	err := os.WriteFile(filepath.Join(l.disk, "ballast"), make([]byte, 16<<20), 0o600)
+	l.note("the disk is full: %v", err)
+	l.full.Store(true)
+	p := l.parts[0]
+	n := l.names[p.ID]
+	n.busy.Lock()
+	defer n.busy.Unlock()
+	for i := range 5000 {
+		name := fmt.Sprintf("p%d-a", i)
+		l.locked(func() { n.asked = name })
+		if _, err := l.Client.SetName(ctx, name, p.ID); err != nil {
+			l.note("named %s %d times until %v", p.ID, i, err)
+			return
+		}
+		l.locked(func() { n.is, n.asked = name, "" })
+	}
 }
 
 func (w *world) empty() {

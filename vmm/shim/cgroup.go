@@ -54,14 +54,15 @@ func ownCgroup() (string, error) {
 }
 
 // createCgroup makes the cgroup and notes its path in the runtime directory,
-// first, so that it can always be found again.
+// first and whole, so that it can always be found again: a note that breaks off
+// could not be told from one of somebody else's.
 func createCgroup(runtimeDir, vm string) (*cgroup, error) {
 	own, err := ownCgroup()
 	if err != nil {
 		return nil, err
 	}
 	c := &cgroup{path: filepath.Join(own, "spectrum-vm-"+vm)}
-	if err := os.WriteFile(filepath.Join(runtimeDir, cgroupName), []byte(c.path), 0o600); err != nil {
+	if err := replaceFile(runtimeDir, cgroupName, []byte(c.path)); err != nil {
 		return nil, err
 	}
 	for _, leaf := range []string{cgroupShim, cgroupChildren} {

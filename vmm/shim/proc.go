@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"spectrum-os.org/broker/clock"
+	"spectrum-os.org/broker/failpoint"
 )
 
 // Proc identifies a process beyond the reuse of its number.
@@ -110,17 +111,22 @@ type records struct {
 	Procs []Proc `json:"procs"`
 }
 
-// writeJSON replaces the file at once. It need not survive a power cut, after
-// which no process is left either.
 func writeJSON(dir, name string, v any) error {
 	b, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
+	return replaceFile(dir, name, append(b, '\n'))
+}
+
+// replaceFile replaces the file at once. It need not survive a power cut, after
+// which no process is left either.
+func replaceFile(dir, name string, b []byte) error {
 	tmp := filepath.Join(dir, "."+name+".new")
-	if err := os.WriteFile(tmp, append(b, '\n'), 0o600); err != nil {
+	if err := os.WriteFile(tmp, b, 0o600); err != nil {
 		return err
 	}
+	failpoint.Hit("shim.file.written")
 	return os.Rename(tmp, filepath.Join(dir, name))
 }
 
