@@ -72,6 +72,7 @@ var operations = []func(l *life, ctx context.Context, r *rand.Rand) bool{
 	(*life).grant, (*life).grant, (*life).grant, (*life).grant,
 	(*life).request, (*life).request, (*life).request,
 	(*life).derive, (*life).derive,
+	(*life).delegate, (*life).delegate,
 	(*life).revoke, (*life).revoke, (*life).revoke,
 	(*life).drop, (*life).drop,
 	(*life).useDead,
@@ -160,12 +161,46 @@ func (l *life) grant(ctx context.Context, r *rand.Rand) bool {
 	if l.held(vm) >= most {
 		return false
 	}
+	uses := 0
+	var maxUses *int
+	if r.IntN(4) == 0 {
+		uses = 1 + r.IntN(3)
+		maxUses = &uses
+	}
 	g := l.ask(vm, persist, lifetime != nil, nil)
+	// One use is one attachment to a run: a grant that outlives runs uses itself up.
+	l.locked(func() { g.counted = persist && maxUses != nil })
 	out, err := l.Client.Grant(ctx, api.GrantRequest{
-		VM: vm.id.String(), Capability: what, TTLSeconds: lifetime, Label: g.label, Persist: persist, Wait: wait,
+		VM: vm.id.String(), Capability: what, TTLSeconds: lifetime, Label: g.label, Persist: persist, Wait: wait, MaxUses: maxUses,
 	})
 	l.granted(g, out.ID, out.Expires, err)
-	l.note("grant %s on %s %s persist=%v wait=%v ttl=%v -> %v %s %v", g.label, vm.name, what, persist, wait, lifetime != nil, out.ID, out.State, err)
+	l.note("grant %s on %s %s persist=%v wait=%v ttl=%v uses=%d -> %v %s %v", g.label, vm.name, what, persist, wait, lifetime != nil, uses, out.ID, out.State, err)
+	return true
+}
+
+// delegate passes a grant on to another VM of its partition.
+func (l *life) delegate(ctx context.Context, r *rand.Rand) bool {
+	all := l.pick(func(g *grant) bool { return g.given && !g.ended })
+	if len(all) == 0 {
+		return false
+	}
+	p := all[r.IntN(len(all))]
+	to := l.machine(r)
+	lifetime := ttl(r)
+	if to == p.vm || to.part != p.vm.part || l.held(to) >= most {
+		return false
+	}
+	dead := false
+	l.locked(func() { dead = p.ended })
+	g := l.ask(to, false, lifetime != nil, p)
+	out, err := l.Client.Grant(ctx, api.GrantRequest{
+		VM: to.id.String(), Parent: p.id.String(), TTLSeconds: lifetime, Label: g.label, Wait: true,
+	})
+	l.granted(g, out.ID, out.Expires, err)
+	l.note("delegate %s from %s to %s ttl=%v -> %v %s %v", g.label, p.label, to.name, lifetime != nil, out.ID, out.State, err)
+	if dead && err == nil {
+		l.failf("grant %s was made from %s, whose end was acknowledged before", g.label, p.label)
+	}
 	return true
 }
 

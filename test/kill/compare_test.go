@@ -65,7 +65,7 @@ func problems(wrong []string) error {
 
 // sight is what the broker says and what exists, one after the other.
 type sight struct {
-	at      time.Time // before
+	at      time.Time // after grants: what ended by then may have
 	grants  []api.Grant
 	vms     map[uuid.UUID]api.VM
 	names   map[uuid.UUID]string
@@ -74,11 +74,12 @@ type sight struct {
 }
 
 func (w *world) look(ctx context.Context) (sight, error) {
-	s := sight{at: time.Now(), vms: map[uuid.UUID]api.VM{}, names: map[uuid.UUID]string{}, objects: map[uuid.UUID][]shim.ObjectState{}}
+	s := sight{vms: map[uuid.UUID]api.VM{}, names: map[uuid.UUID]string{}, objects: map[uuid.UUID][]shim.ObjectState{}}
 	var err error
 	if s.grants, err = w.Client.ListGrants(ctx, api.GrantFilter{All: true}); err != nil {
 		return s, err
 	}
+	s.at = time.Now()
 	vms, err := w.Client.ListVMs(ctx)
 	if err != nil {
 		return s, err

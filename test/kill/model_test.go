@@ -20,6 +20,7 @@ type grant struct {
 	token    string
 	spelling string
 	lease    bool      // it ends by itself
+	counted  bool      // likewise, when it is used up
 	expires  time.Time // zero: never, or not known
 	id       uuid.UUID // Nil: nobody said
 
@@ -34,7 +35,7 @@ func live(s api.GrantState) bool { return s == api.GrantPending || s == api.Gran
 // wrong is the model: what was acknowledged stays so, what was not may be
 // either.
 func (g *grant) wrong(state api.GrantState, exists bool, now time.Time) string {
-	over := g.lease && !now.Before(g.expires)
+	over := g.counted || g.lease && !now.Before(g.expires)
 	switch {
 	case g.ended && exists && live(state):
 		return "its end was acknowledged, and it is " + string(state)
@@ -113,7 +114,7 @@ func (m *model) note(format string, args ...any) {
 
 // ask says that a grant is being asked for.
 func (m *model) ask(vm *machine, persist, lease bool, parent *grant) *grant {
-	g := &grant{vm: vm, persist: persist, lease: lease || parent != nil && parent.lease, parent: parent}
+	g := &grant{vm: vm, persist: persist, lease: lease || parent != nil && parent.lease, counted: parent != nil && parent.counted, parent: parent}
 	m.locked(func() {
 		m.serial++
 		g.label = fmt.Sprintf("k%d", m.serial)

@@ -239,6 +239,10 @@ func (w *world) choose(r *rand.Rand, number uint64) plan {
 			p.label, p.count = onFullDisk[r.IntN(len(onFullDisk))], 1+r.IntN(2)
 		}
 	}
+	if left, _ := os.ReadDir(filepath.Join(w.Dir, "run", "tombstones")); len(left) > 0 && r.IntN(2) == 0 {
+		// Only this start records what the last broker could not.
+		p = plan{label: []string{"tombstone.recorded", "tombstone.removed"}[r.IntN(2)], count: 1, operations: 25}
+	}
 	return p
 }
 
@@ -360,7 +364,7 @@ func (w *world) loose(r *rand.Rand, p plan) (byItself bool) {
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	// An armed failpoint that nobody comes by must not hold up the run.
-	patience := time.Second
+	patience := 600 * time.Millisecond
 	if p.full {
 		patience = w.Stretched(4 * time.Second)
 	}
