@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -218,9 +219,9 @@ func (w *world) choose(r *rand.Rand, number uint64) plan {
 	p := plan{operations: 1 + r.IntN(30)}
 	switch n := r.IntN(10); {
 	case n < 6 || number == 0:
-		order := choices().Perm(len(w.stats.labels))
+		turns := w.stats.turns()
 		turn := w.part*killsInPart + int(number) //nolint:gosec // small
-		p.label = w.stats.labels[order[turn%len(order)]].Name
+		p.label = turns[turn%len(turns)]
 		if number == 0 {
 			// The first start of all makes what later ones find.
 			p.label = firstSteps[r.IntN(len(firstSteps))]
@@ -249,10 +250,22 @@ func (w *world) choose(r *rand.Rand, number uint64) plan {
 // onFullDisk are failpoints of a broker that cannot write.
 var onFullDisk = []string{"", "ledger.reopen.before", "tombstone.before", "tombstone.made", "tombstone.written", "tombstone.recorded", "tombstone.removed"}
 
+// turns are the failpoints that any life may come by, in the seed's order.
+func (s *statistics) turns() []string {
+	var out []string
+	for _, i := range choices().Perm(len(s.labels)) {
+		name := s.labels[i].Name
+		if !slices.Contains(firstSteps, name) && !slices.Contains(onFullDisk, name) {
+			out = append(out, name)
+		}
+	}
+	return out
+}
+
 // firstSteps are failpoints of a broker that has no state yet.
 var firstSteps = []string{
 	"ledger.lock.after", "ledger.file.made", "ledger.migrate.before", "ledger.migrate.after", "ledger.settle.after",
-	"key.written", "key.linked", "bind.before", "start.recorded", "start.scanned",
+	"key.written", "key.linked", "bind.before",
 }
 
 // ofShim tells whether a label is one that shims and launchers come by.
