@@ -28,11 +28,14 @@ func (b *Broker) tombstones() string { return filepath.Join(b.o.RuntimeDir, "tom
 // cutUnrecorded takes grants back although that cannot be put on record, and
 // says so. Access that somebody took back must not go on because a disk is full.
 func (b *Broker) cutUnrecorded(actor ledger.Actor, pick func(*ledger.State) []uuid.UUID, reason string, cause error) error {
-	var open []ledger.Grant
+	var open, ending []ledger.Grant // the latter are on record already, and perhaps not cut yet
 	b.ledger.View(func(s *ledger.State) {
 		for _, root := range topmost(s, pick(s)) {
-			if g, ok := s.Grant(root); ok && !g.State.Ended() {
+			switch g, ok := s.Grant(root); {
+			case ok && !g.State.Ended():
 				open = append(open, g)
+			case ok && !g.State.Final():
+				ending = append(ending, g)
 			}
 		}
 	})
@@ -54,7 +57,7 @@ func (b *Broker) cutUnrecorded(actor ledger.Actor, pick func(*ledger.State) []uu
 	ctx, cancel := context.WithTimeout(b.ctx, b.o.stretched(5*b.o.CutDeadline+10*time.Second))
 	defer cancel()
 	done := "access was cut"
-	if err := b.reconciler.CutNow(ctx, open); err != nil {
+	if err := errors.Join(b.reconciler.CutNow(ctx, open), b.reconciler.AwaitCut(ctx, ending)); err != nil {
 		done = "access is being cut, which has not ended yet"
 	}
 	return api.Errorf(api.CodeUnavailable, "%s, but the revocation could not be recorded: the ledger cannot be written. "+

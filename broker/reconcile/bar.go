@@ -19,13 +19,19 @@ var ErrBarred = errors.New("it was revoked, which is not on record yet")
 // the ledger: from now on they give nothing, whatever the ledger says, until
 // [Reconciler.Unbar]. It returns when access is cut, or ctx ends.
 func (r *Reconciler) CutNow(ctx context.Context, grants []ledger.Grant) error {
-	all := map[uuid.UUID]ledger.Grant{}
 	// What derives from them is barred by its ancestor.
 	r.mu.Lock()
 	for _, root := range grants {
 		r.barred[root.ID] = true
 	}
 	r.mu.Unlock()
+	return r.AwaitCut(ctx, grants)
+}
+
+// AwaitCut returns when nothing is left in the world of these grants, which have
+// ended, and of what derives from them.
+func (r *Reconciler) AwaitCut(ctx context.Context, grants []ledger.Grant) error {
+	all := map[uuid.UUID]ledger.Grant{}
 	r.o.Ledger.View(func(s *ledger.State) {
 		for _, root := range grants {
 			for _, id := range s.OpenSubtree(root.ID) {
