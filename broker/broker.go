@@ -129,6 +129,7 @@ func (b *Broker) open(ctx context.Context, w Wiring) error {
 	})
 	b.reconciler = reconcile.New(reconcile.Options{
 		Appliers: w.Appliers(b), Ledger: b.ledger, Clock: b.o.Clock, Instances: b.usable, Log: b.log,
+		Meter: b.metrics.meter, Patience: b.o.stretched(5 * time.Second), ObserveTimeout: b.o.stretched(15 * time.Second),
 		ApplyTimeout:    b.o.stretched(90 * time.Second),
 		WithdrawTimeout: b.o.stretched(b.o.CutDeadline + 20*time.Second),
 	})

@@ -44,6 +44,8 @@ type things struct {
 	thinking func()
 	// stuck, where it is not nil, is what withdrawals wait for.
 	stuck chan struct{}
+	// fails is what becomes of an object that is to be made.
+	fails func(reconcile.Object) error
 }
 
 func (*things) Kind() string { return "fs" }
@@ -74,6 +76,11 @@ func (s *things) Observe(_ context.Context, vm uuid.UUID) ([]reconcile.Observed,
 func (s *things) Apply(_ context.Context, o reconcile.Object) (string, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.fails != nil {
+		if err := s.fails(o); err != nil {
+			return "", err
+		}
+	}
 	if o.Generation <= s.barred[o.ID] {
 		return "", errors.New("an older generation")
 	}
@@ -215,7 +222,7 @@ func (g *granting) open() {
 		g.t.Fatal(err)
 	}
 	g.reconciler = reconcile.New(reconcile.Options{
-		Appliers: []reconcile.Applier{g.things}, Ledger: g.ledger, Clock: g.o.Clock, Instances: g.usable, Sweep: 50 * time.Millisecond,
+		Appliers: []reconcile.Applier{g.things}, Ledger: g.ledger, Clock: g.o.Clock, Instances: g.usable, Sweep: 50 * time.Millisecond, Meter: g.metrics.meter,
 	})
 }
 

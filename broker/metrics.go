@@ -38,6 +38,7 @@ type metrics struct {
 	commits   prometheus.Histogram
 	unwritten prometheus.Counter
 	recorded  *prometheus.CounterVec
+	meter     *meter
 }
 
 // metricRow is a metric's row in the reference.
@@ -103,6 +104,7 @@ func newMetrics(b *Broker) *metrics {
 	m.gauge("spectrum_event_streams_open", "Event streams that are followed now.", func() float64 { return float64(m.streams.Open()) })
 	m.count("spectrum_event_streams_cut_total", "Event streams that were cut off because their reader was too slow.",
 		func() float64 { return float64(m.streams.Cut()) })
+	m.reconciler(b)
 	m.grants(b)
 	m.engines(b)
 	return m

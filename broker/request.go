@@ -462,8 +462,8 @@ func (b *Broker) outcome(ctx context.Context, g ledger.Grant) (ledger.Grant, err
 	began := time.Now()
 	g, err := b.await(ctx, g.ID, func(g ledger.Grant) bool { return g.State != ledger.Pending })
 	if err != nil {
-		e := api.Errorf(api.CodeTimeout, "grant %s is decided and recorded, and not applied yet; `spectrum-cap show %s` tells how it goes on", g.ID, g.ID)
 		shown := b.apiGrant(context.WithoutCancel(ctx), g)
+		e := api.Errorf(api.CodeTimeout, "grant %s is decided and recorded, and not applied yet%s; `spectrum-cap show %s` tells how it goes on", g.ID, becauseOf(shown.Trouble), g.ID)
 		e.Grant = &shown
 		return g, e
 	}

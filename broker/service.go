@@ -54,6 +54,9 @@ func (b *Broker) Health(context.Context) api.Health {
 			h.Problems = append(h.Problems, fmt.Sprintf("the policy of %s is %s: %s", e.Name, e.State, e.Error))
 		}
 	}
+	if n := b.reconciler.Troubles(); len(n) > 0 {
+		h.Problems = append(h.Problems, fmt.Sprintf("%s; `spectrum-cap plan` shows them", troubleCount(n)))
+	}
 	if err := b.ledger.Poisoned(); err != nil {
 		h.Status = "degraded"
 		h.Problems = append(h.Problems, err.Error())

@@ -91,7 +91,7 @@ func (b *Broker) grantView(g ledger.Grant) api.Grant {
 		ID: g.ID, Holder: g.Holder, HolderName: b.vmName(g.Holder), Capability: apiCapability(g.Capability),
 		Spelling: g.Capability.String(), Spoken: b.spoken(g.Capability), Label: g.Label, Depth: g.Depth,
 		State: api.GrantState(g.State), Generation: g.Generation, Created: g.Created, Persist: g.Persist,
-		Declared: g.Declared, MountPath: b.reconciler.Place(g), Reason: b.reconciler.Reason(g), Degraded: g.Degraded,
+		Declared: g.Declared, MountPath: b.reconciler.Place(g), Reason: b.reconciler.Reason(g), Degraded: g.Degraded, Trouble: b.troubleOf(g),
 		NoAgent: b.reconciler.Reason(g) == applyfs.NoAgent,
 	}
 	o.MaxDepth, o.MaxUses, o.Uses = g.Limits.MaxDepth, g.Limits.MaxUses, g.Uses

@@ -39,6 +39,7 @@ func TestEveryOperationIsTried(t *testing.T) {
 	try(c.SetName(ctx, "x", partition))
 	try(nil, c.RemoveName(ctx, "x"))
 	try(c.ListPartitions(ctx))
+	try(c.Plan(ctx, "x"))
 	try(c.Audit(ctx, api.EventQuery{}))
 	try(c.VerifyAudit(ctx, api.VerifyQuery{}))
 	for _, err := range c.Events(ctx, api.EventQuery{}, false) {

@@ -42,6 +42,8 @@ func (h *HostHandler) table() []route {
 		{method: del, path: "/v1/names/{name}", rule: RulePersonRecorded, handle: h.removeName},
 		{method: get, path: "/v1/partitions", rule: RulePerson, handle: h.listPartitions},
 
+		{method: get, path: "/v1/plan", rule: RulePerson, query: []string{"vm"}, handle: h.plan},
+
 		{method: get, path: "/v1/events", rule: RulePerson, query: append([]string{"follow"}, eventParams...), handle: h.events},
 		{method: get, path: "/v1/audit", rule: RulePerson, query: append([]string{"records"}, eventParams...), handle: h.audit},
 		{method: get, path: "/v1/audit/verify", rule: RulePerson, query: []string{"anchor", "from_anchor"}, handle: h.verifyAudit},

@@ -61,6 +61,10 @@ type Service interface {
 	RemoveName(ctx context.Context, by Caller, name string) error
 	ListPartitions(ctx context.Context) ([]Partition, error)
 
+	// Plan is what the broker would do now, in the VM that is named, or in all
+	// of them.
+	Plan(ctx context.Context, vm string) (Plan, error)
+
 	// Events returns a page of those after q.After in order, at most q.Limit of
 	// them, in a bounded time: it may return fewer, or none, and say that there
 	// are more.

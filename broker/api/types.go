@@ -181,8 +181,9 @@ type Grant struct {
 	Reason        string     `json:"reason,omitempty"`     // why it is in this state
 	Decision      *Decision  `json:"decision,omitempty"`
 	Degraded      string     `json:"degraded,omitempty"`
-	NoAgent       bool       `json:"no_agent"` // attached, but the guest has no agent to mount it
-	Narrowed      bool       `json:"narrowed"` // policy gave less than asked
+	Trouble       *Trouble   `json:"trouble,omitempty"` // absent: all goes well
+	NoAgent       bool       `json:"no_agent"`          // attached, but the guest has no agent to mount it
+	Narrowed      bool       `json:"narrowed"`          // policy gave less than asked
 }
 
 // GrantList is the answer to GET /v1/grants.

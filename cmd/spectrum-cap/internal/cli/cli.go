@@ -128,7 +128,7 @@ func (a *app) command() *cobra.Command {
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
 
 	root.AddCommand(
-		a.vmCommand(), a.grantCommand(), a.delegateCommand(), a.renewCommand(), a.revokeCommand(), a.listCommand(), a.showCommand(),
+		a.vmCommand(), a.grantCommand(), a.delegateCommand(), a.renewCommand(), a.revokeCommand(), a.listCommand(), a.showCommand(), a.planCommand(),
 		a.explainCommand(), a.tokenCommand(), a.policyCommand(), a.nameCommand(), a.partitionCommand(),
 		a.keysCommand(), a.auditCommand(), a.eventsCommand(), a.ledgerCommand(), a.healthCommand(), a.versionCommand(),
 		a.completionCommand(), a.referenceCommand(),

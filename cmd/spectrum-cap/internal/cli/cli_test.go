@@ -152,7 +152,7 @@ func TestUnreachable(t *testing.T) {
 	for _, args := range []string{
 		"vm list", "vm show x", "vm start x", "vm stop x", "vm console x", "grant x fs:ro:work:/a", "revoke --all",
 		"list", "show 12345678", "explain x fs:ro:work:/a", "token 12345678 --stdout", "policy reload", "policy status",
-		"name list", "name set x 11111111", "name remove x", "partition list", "audit", "audit verify", "events", "keys list", "keys rotate", "keys revoke x", "events -f", "health",
+		"name list", "name set x 11111111", "name remove x", "partition list", "audit", "audit verify", "events", "keys list", "keys rotate", "keys revoke x", "events -f", "health", "plan", "plan x",
 	} {
 		code, stdout, stderr := run(t, "/nonexistent/s", strings.Fields(args)...)
 		if code != 7 || !strings.Contains(stderr, "broker unreachable at /nonexistent/s") {

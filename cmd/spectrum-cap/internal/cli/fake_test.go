@@ -31,7 +31,7 @@ var (
 // their subtree, and every change is an event.
 //
 // Its policy: /secret is denied, /broken cannot be decided, /narrow is for
-// reading only, /slow takes too long, /full finds no slot. work/web has no
+// reading only, /slow takes too long, /full finds no slot, /busy is tried again. work/web has no
 // agent, and private/mail is a VM whose guest does not let go.
 type fake struct {
 	mu     sync.Mutex
@@ -304,6 +304,10 @@ func (f *fake) Grant(_ context.Context, by api.Caller, r api.GrantRequest) (api.
 	switch {
 	case strings.HasPrefix(path, "/full"):
 		return api.Grant{}, api.Errorf(api.CodeNoSlots, "%s has no device slot left", v.Name)
+	case strings.HasPrefix(path, "/busy"):
+		g.State, g.Trouble = api.GrantPending, busy()
+		f.grants = append(f.grants, g)
+		return *g, nil
 	case strings.HasPrefix(path, "/slow"):
 		f.grants = append(f.grants, g)
 		return api.Grant{}, &api.Error{Code: api.CodeTimeout, Detail: fmt.Sprintf("not mounted within %g s", r.TimeoutSeconds), Grant: g}

@@ -192,6 +192,9 @@ func (a *app) grantFacts(g api.Grant, all bool) facts {
 	f.add("Label", g.Label)
 	f.add("State", string(g.State))
 	f.add("Reason", g.Reason)
+	if g.Trouble != nil {
+		f.add("Trouble", troubleText(*g.Trouble, a.now()))
+	}
 	if all || g.Observed.State != "" && g.Observed.State != "attached" {
 		f.add("Observed", words(g.Observed.State, g.Observed.Detail))
 	}

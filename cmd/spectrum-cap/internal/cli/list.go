@@ -81,6 +81,9 @@ func (a *app) grantTable(w io.Writer, grants []api.Grant, tree bool) {
 		if g.Degraded != "" {
 			state += ", degraded"
 		}
+		if g.Trouble != nil {
+			state += a.troubleNote(*g.Trouble)
+		}
 		ends := "-"
 		if g.State == api.GrantActive || g.State == api.GrantPending {
 			ends = a.ends(g)
