@@ -46,10 +46,11 @@ func (f *folder) restored(l *layer, e *entry) error {
 		}
 		n.state = stateIndex(m.To)
 		n.generation++
-		next := note{reason: reason}
+		next := note{}
 		if n.note != nil {
-			next.degraded, next.instance = n.note.degraded, n.note.instance
+			next = *n.note
 		}
+		next.reason, next.changed, next.revoking = reason, e.Seq, e.Time.UnixNano()
 		n.note = &next
 	}
 	return nil

@@ -113,4 +113,13 @@ func TestChangedIsOrdered(t *testing.T) {
 	}
 	put(t, l, Event{Type: VMExited, Actor: someone, VM: holder, Data: JSON(RunData{Instance: "1"})})
 	later("an exit", run())
+	put(t, l, NewChange(GrantTroubled, someone, b, Change{Reason: "x"}))
+	seq, hash := l.Head()
+	put(t, l, Event{Type: LedgerRestored, Actor: someone, Data: JSON(RestoredData{Epoch: 2, From: Anchor{seq, hash}, Reason: "restored"})})
+	later("a restored ledger", changed(b))
+	l.View(func(s *State) {
+		if g, _ := s.Grant(b); g.State != Revoking || g.Reason != "restored" || g.Troubled != "x" {
+			t.Errorf("restored, a grant is %s (%s), with the trouble %q", g.State, g.Reason, g.Troubled)
+		}
+	})
 }
