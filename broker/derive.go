@@ -193,8 +193,8 @@ func (b *Broker) tooManyFrom(s *ledger.State, actor ledger.Actor, holder uuid.UU
 // ancestor, though that is not on record of them yet.
 func inForce(s *ledger.State, vm uuid.UUID, now capabilities.Instant) int {
 	n := 0
-	for _, g := range s.Grants(ledger.Filter{Holder: vm, States: liveStates}) {
-		if s.Live(g.ID, now) == nil {
+	for h := range s.Held(vm) {
+		if h.State != ledger.Revoking && s.Live(h.ID, now) == nil {
 			n++
 		}
 	}

@@ -308,7 +308,10 @@ func (b *Broker) record(ctx context.Context, d decided, instance, label string) 
 		return ledger.Grant{}, unrecorded("nothing is granted", err)
 	}
 	failpoint.Hit("request.recorded")
-	b.reconciler.Wake(d.holder)
+	// Of a VM that does not run nothing can be made true; its start wakes it.
+	if b.unit(d.holder) != nil {
+		b.reconciler.Wake(d.holder)
+	}
 	return g, nil
 }
 
@@ -355,15 +358,18 @@ func (b *Broker) recordDenial(ctx context.Context, d decided, refusal error) err
 // takeLabel reserves the label under which the VM will see the resource. A
 // chosen one must be free; otherwise one is made from the resource's name.
 func (b *Broker) takeLabel(d decided) (label string, release func(), err error) {
-	instance := b.instances()[d.holder]
+	instance := ""
+	if u := b.unit(d.holder); u != nil {
+		instance = u.instance()
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	used := map[string]bool{}
 	b.ledger.View(func(s *ledger.State) {
-		for _, g := range s.Grants(ledger.Filter{Holder: d.holder, States: []ledger.GrantState{ledger.Pending, ledger.Active, ledger.Revoking}}) {
+		for h := range s.Held(d.holder) {
 			// What an earlier run mounted is gone from the VM, even where its
 			// end is not yet on record.
-			used[g.Label] = used[g.Label] || g.Persist || g.Instance == instance
+			used[h.Label] = used[h.Label] || h.Persist || h.Instance == instance
 		}
 	})
 	free := func(l string) bool { return !used[l] && !b.labels[labelKey{d.holder, l}] }

@@ -215,6 +215,8 @@ func (b *Broker) startVM(ctx context.Context, actor ledger.Actor, d sources.Defi
 		return nil, err
 	}
 	b.attend(u)
+	// Grants that were made before it was there to be seen are waiting for it.
+	b.reconciler.Wake(u.vm)
 	b.requestDeclared(u)
 	return u, nil
 }

@@ -164,17 +164,55 @@ func (e *engine) decide(ctx context.Context, in Input, concerned, explain bool) 
 	if err := take(ctx, e.turn, 10*e.opts.DecideTimeout); err != nil {
 		return a.failed(err)
 	}
-	defer func() { e.turn <- struct{}{} }()
 	if err := e.ready(); err != nil {
+		e.turn <- struct{}{}
 		return a.failed(err)
 	}
+	return e.put(a, payload).answer(explain)
+}
+
+// question is one that an engine was asked. answer must be called: until then it
+// has the engine's turn.
+type question struct {
+	engine  *engine
+	a       Answer
+	payload []byte
+	err     error // it could not be put
+}
+
+// begin asks without waiting for anything, where the engine is free and its worker
+// alive; else it asks nothing.
+func (e *engine) begin(in Input, concerned bool) (*question, bool) {
+	select {
+	case <-e.turn:
+	default:
+		return nil, false
+	}
+	payload, err := in.marshal()
+	if err != nil || !e.fit() {
+		e.turn <- struct{}{}
+		return nil, false
+	}
+	return e.put(Answer{Engine: e.id, Name: e.name, Concerned: concerned}, payload), true
+}
+
+// put puts a question to the worker. turn is held.
+func (e *engine) put(a Answer, payload []byte) *question {
 	e.mu.Lock()
 	a.Revision = e.revision
 	e.lastUse = time.Now()
 	e.asked++
 	e.mu.Unlock()
+	q := &question{engine: e, a: a, payload: payload}
+	q.err = e.worker.send(opDecide, payload, time.Now().Add(e.opts.DecideTimeout))
+	return q
+}
 
-	d, err := e.ask(opDecide, payload)
+// answer waits for the worker, and gives the turn back.
+func (q *question) answer(explain bool) Answer {
+	e, a := q.engine, q.a
+	defer func() { e.turn <- struct{}{} }()
+	d, err := e.receive(opDecide, q.err)
 	if err != nil {
 		return a.failed(e.fell(err))
 	}
@@ -182,7 +220,7 @@ func (e *engine) decide(ctx context.Context, in Input, concerned, explain bool) 
 	if explain || a.Outcome == Deny || a.Outcome == Ask {
 		// A traced evaluation that fails where the plain one did not takes
 		// nothing away from the answer but the rules' places.
-		if traced, err := e.ask(opExplain, payload); err != nil {
+		if traced, err := e.ask(opExplain, q.payload); err != nil {
 			_ = e.fell(err)
 		} else if traced.Error == nil && traced.Allow == d.Allow {
 			a.Reasons = reasonsFor(a.Outcome, traced.Reasons, explain)
@@ -192,9 +230,12 @@ func (e *engine) decide(ctx context.Context, in Input, concerned, explain bool) 
 	return a
 }
 
+// fit tells whether there is a worker to ask. turn is held.
+func (e *engine) fit() bool { return e.worker != nil && !e.worker.dead() && !e.worker.retire }
+
 // ready makes sure there is a live worker. turn is held.
 func (e *engine) ready() error {
-	if e.worker != nil && !e.worker.dead() && !e.worker.retire {
+	if e.fit() {
 		return nil
 	}
 	if old := e.replace(nil); old != nil {
@@ -226,7 +267,15 @@ func (e *engine) ask(kind op, payload []byte) (decision, error) {
 	if e.worker == nil {
 		return decision{}, &workerEnded{"ended before"}
 	}
-	answer, err := e.worker.request(kind, payload, time.Now().Add(e.opts.DecideTimeout))
+	return e.receive(kind, e.worker.send(kind, payload, time.Now().Add(e.opts.DecideTimeout)))
+}
+
+// receive is the decision that the worker was asked for, unless asking failed.
+func (e *engine) receive(kind op, err error) (decision, error) {
+	var answer []byte
+	if err == nil {
+		answer, err = e.worker.receive(kind)
+	}
 	if err != nil {
 		return decision{}, e.describe("the decision", e.opts.DecideTimeout, err)
 	}

@@ -178,8 +178,9 @@ func (e *Engines) Decide(ctx context.Context, ids []EngineID, in func(EngineID) 
 		}
 	}
 	answers := make([]Answer, len(asked))
-	ask := func(i int) {
-		id := asked[i]
+	var waited []func()
+	var others sync.WaitGroup
+	for i, id := range asked {
 		concerned := !id.Host || hostConcerned
 		engine, release, err := e.use(id, false)
 		if err != nil || engine == nil {
@@ -188,16 +189,25 @@ func (e *Engines) Decide(ctx context.Context, ids []EngineID, in func(EngineID) 
 				err = errors.New("it has no policy in force")
 			}
 			answers[i] = Answer{Engine: id, Name: e.opts.Name(id), Concerned: concerned}.failed(err)
-			return
+			continue
 		}
-		defer release()
-		answers[i] = engine.decide(ctx, in(id).as(id), concerned, explain)
+		// The host's and one partition's are asked at once, where both are free, and
+		// then waited for. Every other one is by a goroutine of its own, so that no
+		// partition's turn is held for the sake of another's.
+		if len(waited) < 2 {
+			if q, ok := engine.begin(in(id).as(id), concerned); ok {
+				waited = append(waited, func() { answers[i] = q.answer(explain); release() })
+				continue
+			}
+		}
+		others.Go(func() {
+			defer release()
+			answers[i] = engine.decide(ctx, in(id).as(id), concerned, explain)
+		})
 	}
-	var others sync.WaitGroup
-	for i := range asked[1:] {
-		others.Go(func() { ask(i + 1) })
+	for _, wait := range waited {
+		wait()
 	}
-	ask(0)
 	others.Wait()
 	return Combine(answers)
 }

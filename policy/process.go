@@ -76,8 +76,10 @@ type process struct {
 	seq     uint32
 	buf     []byte
 	retire  bool
+	began   time.Time
 	watcher *time.Timer
-	asked   atomic.Bool // a request is under way
+	armed   atomic.Bool  // the watcher will run
+	due     atomic.Int64 // when the request under way must be answered, since began; or one of the two below
 	overRSS atomic.Bool
 }
 
@@ -157,6 +159,7 @@ func launch(s *spawner, argv []string, namespaces bool) (*process, error) {
 		return nil, err
 	}
 	_, _, _ = childIn.Close(), childOut.Close(), errEnd.Close()
+	p.began = time.Now()
 	p.watcher = time.AfterFunc(time.Hour, p.watch)
 	p.watcher.Stop()
 	p.in, p.out, p.reader = in, out, bufio.NewReaderSize(out, 16<<10)
@@ -240,35 +243,52 @@ const watchAfter = 25 * time.Millisecond
 // spare.
 const programMemory = 96 << 20
 
+// What due says when no request is under way, and of one that was too late.
+const (
+	nothingDue = 0
+	overdue    = -1
+)
+
 // request sends one request and waits for its answer until the deadline. After
 // any error the worker is dead.
 func (p *process) request(kind op, payload []byte, deadline time.Time) ([]byte, error) {
+	if err := p.send(kind, payload, deadline); err != nil {
+		return nil, err
+	}
+	return p.receive(kind)
+}
+
+// send sends a request; receive must follow, unless it fails. It is the watcher
+// that keeps the deadline: a timer of its own for each request would wake a thread
+// each time, only to tell it how long it may sleep.
+func (p *process) send(kind op, payload []byte, deadline time.Time) error {
 	if len(payload) > maxRequest {
-		return nil, fmt.Errorf("%w: %d bytes", errFrameTooLong, len(payload))
+		return fmt.Errorf("%w: %d bytes", errFrameTooLong, len(payload))
 	}
 	p.seq++
 	p.buf = appendFrame(p.buf[:0], frame{op: kind, seq: p.seq, payload: payload})
 	if cap(p.buf) > 64<<10 {
 		defer func() { p.buf = nil }() // of a load; not worth keeping
 	}
-	p.asked.Store(true)
-	p.watcher.Reset(watchAfter)
-	defer func() {
-		p.asked.Store(false)
-		p.watcher.Stop()
-	}()
-	if err := p.in.SetWriteDeadline(deadline); err != nil {
-		return nil, p.failed(err)
-	}
-	if err := p.out.SetReadDeadline(deadline); err != nil {
-		return nil, p.failed(err)
+	limit := time.Until(deadline)
+	p.due.Store(max(1, int64(deadline.Sub(p.began))))
+	if !p.armed.Swap(true) || limit < watchAfter {
+		p.watcher.Reset(min(limit, watchAfter))
 	}
 	if _, err := p.in.Write(p.buf); err != nil {
-		return nil, p.failed(err)
+		return p.failed(err)
 	}
+	return nil
+}
+
+// receive waits for the answer to what was sent.
+func (p *process) receive(kind op) ([]byte, error) {
 	f, err := readFrame(p.reader, maxReply)
 	if err != nil {
 		return nil, p.failed(err)
+	}
+	if p.due.Swap(nothingDue) == overdue {
+		return nil, p.failed(os.ErrDeadlineExceeded)
 	}
 	if f.op&^opRetire != kind || f.seq != p.seq {
 		return nil, p.failed(fmt.Errorf("answered %d/%d to %d/%d", f.op, f.seq, kind, p.seq))
@@ -277,33 +297,53 @@ func (p *process) request(kind op, payload []byte, deadline time.Time) ([]byte, 
 	return f.payload, nil
 }
 
-// watch kills the worker if its resident memory outgrows what it may use,
-// whatever way around the resource limits it found. It runs as long as a
-// request does.
+// watch kills the worker when it is asked for longer than it may be, or if its
+// resident memory outgrows what it may use, whatever way around the resource limits
+// it found. It runs until, once, no request is under way.
 func (p *process) watch() {
-	if !p.asked.Load() || raceDetector {
+	due := p.due.Load()
+	if due == nothingDue {
+		p.armed.Store(false)
+		// One that began just now took it for armed.
+		if due = p.due.Load(); due == nothingDue || p.armed.Swap(true) {
+			return
+		}
+	}
+	left := time.Duration(due) - time.Since(p.began)
+	if due == overdue || left <= 0 && p.due.CompareAndSwap(due, overdue) {
+		p.kill()
 		return
 	}
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", p.pid()))
-	if err != nil || p.dead() {
-		return
-	}
-	if rss, err := statmField(text, 1); err == nil && rss > p.memory+programMemory {
+	if p.overgrown() {
 		p.overRSS.Store(true)
 		p.kill()
 		return
 	}
-	p.watcher.Reset(watchAfter)
+	p.watcher.Reset(max(0, min(left, watchAfter)))
+}
+
+// overgrown tells whether the worker has more memory than it may.
+func (p *process) overgrown() bool {
+	if raceDetector {
+		return false
+	}
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", p.pid()))
+	if err != nil || p.dead() {
+		return false
+	}
+	rss, err := statmField(text, 1)
+	return err == nil && rss > p.memory+programMemory
 }
 
 // failed kills the worker and says why it could not answer.
 func (p *process) failed(err error) error {
 	p.kill()
 	<-p.ended
+	late := p.due.Swap(nothingDue) == overdue
 	switch {
 	case p.overRSS.Load():
 		return &workerEnded{"ran out of memory (killed)"}
-	case errors.Is(err, os.ErrDeadlineExceeded):
+	case late, errors.Is(err, os.ErrDeadlineExceeded):
 		return errTimeout
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.EPIPE):
 		return &workerEnded{p.obituary()}

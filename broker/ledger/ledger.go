@@ -156,8 +156,8 @@ func (l *Ledger) Close() error {
 	return err
 }
 
-// Update runs fn while nobody else writes and returns the events that it appended once
-// they are durable. fn sees what earlier Updates appended, also those that
+// Update runs fn while nobody else writes and returns the events that it
+// appended, grant.requested without its Data, once they are durable. fn sees what earlier Updates appended, also those that
 // share its commit; its error drops its own events only and is returned. fn
 // must be quick and must not call the ledger.
 //

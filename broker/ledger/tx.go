@@ -51,10 +51,6 @@ func (tx *Tx) Append(e Event) error {
 		return fmt.Errorf("%w: %s cannot be stored: %w", ErrInvalidEvent, e.Type, err)
 	}
 	hash := hashRecord(body)
-	event, err := stored.public(hash)
-	if err != nil {
-		return fmt.Errorf("%w: %s cannot be stored: %w", ErrInvalidEvent, e.Type, err)
-	}
 	before := l.meta.highwater
 	if err := tx.ledger.folder.fold(l, &stored); err != nil {
 		return err
@@ -64,7 +60,7 @@ func (tx *Tx) Append(e Event) error {
 	}
 	l.meta.seq, l.meta.hash = n.Seq, hash
 	tx.records = append(tx.records, record{n.Seq, body, hash})
-	tx.events = append(tx.events, event)
+	tx.events = append(tx.events, stored.appended(hash))
 	return nil
 }
 
@@ -145,6 +141,17 @@ func outlives(child, parent capabilities.Deadline, now capabilities.Instant) boo
 	}
 	return child.IsZero() || child.Wall.After(parent.Wall) || child.Remaining(now) > parent.Remaining(now) ||
 		parent.BootID == now.BootID && parent.BootID != "" && (child.BootID != parent.BootID || child.Boot > parent.Boot)
+}
+
+// appended is the event as its Update returns it: what was asked for is known to
+// who asked, and not made into JSON again.
+func (e *entry) appended(hash Hash) Event {
+	out := e.Event
+	out.Hash, out.request = hash, nil
+	if e.dataKind == dataJSON {
+		out.Data = append([]byte(nil), e.data...)
+	}
+	return out
 }
 
 // public is the event as callers see it, sharing nothing with the record.
