@@ -12,6 +12,8 @@ import (
 	"os"
 	"os/signal"
 	"regexp"
+	"strconv"
+	"strings"
 	"syscall"
 	"text/tabwriter"
 
@@ -58,6 +60,9 @@ func main() {
 	flag.StringVar(&b.policy, "policy-test", "", "the test binary of package policy, which measures inside a worker")
 	only := flag.String("run", "", "measure only the parts whose names match this pattern")
 	flag.IntVar(&b.big, "tokens", 1_000_000, "grants in the ledger that a restart loads")
+	pictures := flag.String("plots", "", "measure how it grows instead, and draw it into this directory")
+	document := flag.String("document", "", "with -plots, the Markdown file to write the table into")
+	scale := flag.String("scale", "1000,10000,100000,1000000", "with -plots, the numbers of tokens to measure at")
 	flag.Parse()
 	// No timeout is measured here, and a busy machine must not end a run.
 	b.tools.Stretch *= 10
@@ -69,6 +74,13 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	b.ctx = ctx
+	if *pictures != "" {
+		if err := b.plots(*scale, *pictures, *document); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	err = b.run()
 	b.print()
 	if *out != "" {
@@ -105,6 +117,30 @@ func (b *bench) run() error {
 		}
 	}
 	return nil
+}
+
+// plots measures how it grows, and tells it in pictures and a table.
+func (b *bench) plots(scale, dir, document string) error {
+	var tokens []int
+	for text := range strings.SplitSeq(scale, ",") {
+		n, err := strconv.Atoi(text)
+		if err != nil || n < 1000 {
+			return fmt.Errorf("-scale: %q is not a number from 1000", text)
+		}
+		tokens = append(tokens, n)
+	}
+	s, err := b.scale(tokens)
+	if err != nil {
+		return err
+	}
+	if err := s.draw(dir); err != nil {
+		return err
+	}
+	if document == "" {
+		fmt.Print(s.table())
+		return nil
+	}
+	return s.intoDocument(document)
 }
 
 // How a row's figure follows from its value and probe.
