@@ -45,7 +45,7 @@ BROKER_FLAGS = -shim $(BIN)/spectrum-shim -broker $(BIN)/spectrum-broker -cap $(
 UNIT = $$(go list ./... | grep -vE '/test/(e2e|contract|bench|demo|kill)$$')
 
 .NOTPARALLEL:
-.PHONY: help demo test setup build check generate vuln unit contract kills e2e soak bench fuzz docs clean
+.PHONY: help demo test setup build check generate vuln unit contract kills e2e soak bench plots fuzz docs clean
 
 help: ## show this list
 	@sed -nE 's/^([a-z0-9]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r t d; do printf '  make %-10s %s\n' "$$t" "$$d"; done
@@ -99,6 +99,10 @@ bench: setup ## print speed as ratios against probes in the same run, and write 
 	@CGO_ENABLED=0 go build -trimpath -o $(BIN)/bench ./test/bench; \
 	CGO_ENABLED=0 go test -c -trimpath -o $(BIN)/policy.test ./policy; $(PICK_VMM); \
 	exec timeout -k 30 30m $(ROOT) $(BIN)/bench $(GUEST_FLAGS) $(BROKER_FLAGS) -policy-test $(BIN)/policy.test -json bench.json
+
+plots: setup ## measure how it grows to 1,000,000 tokens, and draw it into docs/performance.md
+	@CGO_ENABLED=0 go build -trimpath -o $(BIN)/bench ./test/bench; $(PICK_VMM); \
+	exec timeout -k 30 60m $(ROOT) $(BIN)/bench $(GUEST_FLAGS) $(BROKER_FLAGS) -plots docs/performance -document docs/performance.md
 
 check: ## formatting, linters, arrows between packages, generated files, both architectures
 	@TOOLS=$(TOOLS) test/setup/check

@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -300,24 +302,36 @@ func (b *Broker) endStale(ctx context.Context) error {
 	instances := b.instances()
 	inv := b.inv()
 	_, err := b.ledger.Update(ctx, func(tx *ledger.Tx) error {
-		for _, g := range tx.State().Grants(ledger.Filter{States: []ledger.GrantState{ledger.Pending, ledger.Active}}) {
-			instance, running := instances[g.Holder]
-			reason := ""
-			if _, known := inv.definitions[g.Holder]; !known {
-				reason = "the definition of its VM is gone"
-			}
-			if partition, ok := g.ResourcePartition(); ok {
-				if _, present := inv.partitions[partition]; !present {
-					reason = fmt.Sprintf("partition %s is not there", partition)
+		s := tx.State()
+		var stale []ledger.Grant
+		reasons := map[uuid.UUID]string{}
+		for _, vm := range s.Holders() {
+			instance, running := instances[vm]
+			_, known := inv.definitions[vm]
+			for h := range s.Held(vm) {
+				reason := ""
+				if !known {
+					reason = "the definition of its VM is gone"
 				}
+				if h.HasResource {
+					if _, present := inv.partitions[h.Resource]; !present {
+						reason = fmt.Sprintf("partition %s is not there", h.Resource)
+					}
+				}
+				if !h.Persist && (!running || instance != h.Instance) {
+					reason = "the VM ended while no broker ran"
+				}
+				if reason == "" || h.State == ledger.Revoking {
+					continue
+				}
+				g, _ := s.Grant(h.ID)
+				stale = append(stale, g)
+				reasons[h.ID] = reason
 			}
-			if !g.Persist && (!running || instance != g.Instance) {
-				reason = "the VM ended while no broker ran"
-			}
-			if reason == "" {
-				continue
-			}
-			if err := tx.Append(ledger.NewChange(ledger.GrantRevoking, brokerActor, g.ID, ledger.Change{Reason: reason})); err != nil {
+		}
+		slices.SortFunc(stale, func(x, y ledger.Grant) int { return cmp.Compare(x.Seq, y.Seq) })
+		for _, g := range stale {
+			if err := tx.Append(ledger.NewChange(ledger.GrantRevoking, brokerActor, g.ID, ledger.Change{Reason: reasons[g.ID]})); err != nil {
 				return err
 			}
 		}
@@ -367,8 +381,8 @@ func (b *Broker) catchUp(ctx context.Context) error {
 func (b *Broker) holders() map[uuid.UUID]bool {
 	holders := map[uuid.UUID]bool{}
 	b.ledger.View(func(s *ledger.State) {
-		for _, g := range s.Grants(ledger.Filter{States: []ledger.GrantState{ledger.Pending, ledger.Active, ledger.Revoking}}) {
-			holders[g.Holder] = true
+		for _, vm := range s.Holders() {
+			holders[vm] = true
 		}
 	})
 	for vm := range b.units() {

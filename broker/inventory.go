@@ -233,22 +233,24 @@ func (b *Broker) resolveVM(ref string) (uuid.UUID, error) {
 // resolveGrant resolves a grant's id, or at least eight of its first digits.
 func (b *Broker) resolveGrant(ref string) (ledger.Grant, error) {
 	var fits []ledger.Grant
-	b.ledger.View(func(s *ledger.State) {
-		if id, err := uuid.Parse(ref); err == nil {
+	add := func(s *ledger.State, ids ...uuid.UUID) {
+		for _, id := range ids {
 			if g, ok := s.Grant(id); ok {
 				fits = append(fits, g)
 			}
-			return
 		}
-		if len(ref) < minPrefix {
-			return
+	}
+	if id, err := uuid.Parse(ref); err == nil {
+		b.ledger.View(func(s *ledger.State) { add(s, id) })
+	} else if len(ref) >= minPrefix {
+		for at, more := 0, true; more; more = at > 0 {
+			b.ledger.View(func(s *ledger.State) {
+				var ids []uuid.UUID
+				ids, at = s.Prefixed(strings.ToLower(ref), at)
+				add(s, ids...)
+			})
 		}
-		for _, g := range s.Grants(ledger.Filter{}) {
-			if strings.HasPrefix(g.ID.String(), strings.ToLower(ref)) {
-				fits = append(fits, g)
-			}
-		}
-	})
+	}
 	switch len(fits) {
 	case 0:
 		return ledger.Grant{}, api.Errorf(api.CodeNotFound, "there is no grant %q (an id, or its first %d digits or more)", ref, minPrefix)

@@ -431,7 +431,7 @@ func (b *Broker) ListPartitions(context.Context) ([]api.Partition, error) {
 		}
 		b.ledger.View(func(s *ledger.State) {
 			o.Name = s.Names()[id]
-			o.Grants = len(s.Grants(ledger.Filter{ResourcePartition: id, States: liveStates}))
+			o.Grants = s.Count(ledger.Filter{ResourcePartition: id, States: liveStates})
 		})
 		out = append(out, o)
 	}

@@ -129,7 +129,7 @@ func (b *Broker) vmView(vm uuid.UUID) api.VM {
 		o.PartitionName = b.petname(*o.Partition)
 	}
 	b.ledger.View(func(s *ledger.State) {
-		o.Grants = len(s.Grants(ledger.Filter{Holder: vm, States: liveStates}))
+		o.Grants = s.Count(ledger.Filter{Holder: vm, States: liveStates})
 	})
 	b.mu.Lock()
 	u, busy := b.running[vm]

@@ -229,6 +229,16 @@ func TestFoldAgainstModel(t *testing.T) {
 				if want := m.open(h); !slices.Equal(got, want) {
 					t.Fatalf("open of %s: %v, want %v", h, got, want)
 				}
+				if n := s.Count(Filter{Holder: h}); n != len(got) {
+					t.Fatalf("%d open of %s are counted, want %d", n, h, len(got))
+				}
+				var held []uuid.UUID
+				for g := range s.Held(h) {
+					held = append(held, g.ID)
+				}
+				if h != uuid.Nil && (len(held) != len(got) || slices.Contains(s.Holders(), h) != (len(got) > 0)) {
+					t.Fatalf("%s holds %v, want %v; those who hold something are %v", h, held, got, s.Holders())
+				}
 			}
 		}
 		check := func() {

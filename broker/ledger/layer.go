@@ -379,27 +379,46 @@ func (l *layer) allNames() map[uuid.UUID]string {
 // open are the nodes that are not final, oldest first: a holder's, or with the nil
 // UUID everybody's. It costs what is open, not what ever was.
 func (l *layer) open(holder uuid.UUID) []int32 {
-	heads := map[uuid.UUID]int32{}
-	if holder != uuid.Nil {
-		heads[holder] = l.newestHeld(holder)
-	} else {
-		for at := l; at != nil; at = at.below {
-			for h, i := range at.held {
-				if _, ok := heads[h]; !ok {
-					heads[h] = i
-				}
-			}
-		}
-	}
 	var out []int32
-	for _, i := range heads {
-		for ; i != none; i = l.get(i).nextHeld {
-			if !l.get(i).stateName().Final() {
-				out = append(out, i)
+	l.eachOpen(holder, func(i int32, _ *node) bool {
+		out = append(out, i)
+		return true
+	})
+	slices.Sort(out)
+	return out
+}
+
+// eachOpen calls fn with the same nodes, in no order, until it says no.
+func (l *layer) eachOpen(holder uuid.UUID, fn func(i int32, n *node) bool) {
+	walk := func(i int32) bool {
+		for i != none {
+			n := l.get(i)
+			if !n.stateName().Final() && !fn(i, n) {
+				return false
 			}
+			i = n.nextHeld
+		}
+		return true
+	}
+	if holder != uuid.Nil {
+		walk(l.newestHeld(holder))
+		return
+	}
+	for h := range l.holders() {
+		if !walk(l.newestHeld(h)) {
+			return
 		}
 	}
-	slices.Sort(out)
+}
+
+// holders are those who have, or lately had, a grant that is not final.
+func (l *layer) holders() map[uuid.UUID]struct{} {
+	out := map[uuid.UUID]struct{}{}
+	for at := l; at != nil; at = at.below {
+		for h := range at.held {
+			out[h] = struct{}{}
+		}
+	}
 	return out
 }
 

@@ -199,13 +199,13 @@ type Tally struct {
 func (s *State) Tally() Tally {
 	t := Tally{States: map[GrantState]int{Pending: 0, Active: 0, Revoking: 0}}
 	oldest := int64(0)
-	for _, i := range s.l.open(uuid.Nil) {
-		n := s.l.get(i)
+	s.l.eachOpen(uuid.Nil, func(_ int32, n *node) bool {
 		t.States[n.stateName()]++
 		if n.stateName() == Revoking && n.note != nil && n.note.revoking > 0 && (oldest == 0 || n.note.revoking < oldest) {
 			oldest = n.note.revoking
 		}
-	}
+		return true
+	})
 	if oldest > 0 {
 		t.OldestRevoking = nanoTime(oldest)
 	}

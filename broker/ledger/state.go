@@ -66,16 +66,9 @@ func (s *State) Grant(id uuid.UUID) (Grant, bool) {
 func (s *State) Grants(f Filter) []Grant {
 	var out []Grant
 	take := func(i int32) {
-		n := s.l.get(i)
-		a := n.about
-		if !f.state(n.stateName()) ||
-			(f.Holder != uuid.Nil && f.Holder != a.holder) ||
-			(f.HolderPartition != uuid.Nil && f.HolderPartition != a.partition) ||
-			(f.ResourcePartition != uuid.Nil && (!n.capability.hasOwner || n.capability.resource != f.ResourcePartition)) ||
-			(f.Instance != "" && f.Instance != n.instance()) {
-			return
+		if f.selects(s.l.get(i)) {
+			out = append(out, s.grant(i))
 		}
-		out = append(out, s.grant(i))
 	}
 	switch {
 	case f.Parent != uuid.Nil:
