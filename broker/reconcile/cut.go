@@ -66,9 +66,12 @@ func (r *Reconciler) cutKnown(ctx context.Context, c corner) error {
 	case ended:
 		v = r.desire(c)
 	}
+	shared := make(map[string]bool, len(v.desired))
+	for _, d := range v.desired {
+		shared[d.ID] = true
+	}
 	for _, a := range Plan(v.desired, v.ending, nil, v.instances, r.o.Clock.Now()) {
-		shared := slices.ContainsFunc(v.desired, func(d Object) bool { return d.ID == a.Object.ID })
-		if a.Verb == Withdraw && !shared && !r.isCut(a) {
+		if a.Verb == Withdraw && !shared[a.Object.ID] && !r.isCut(a) {
 			a.Object.Generation = max(a.Object.Generation, r.seenIn(a.Object.ID).generation)
 			r.order(a, v.instances[c.vm])
 		}
@@ -329,9 +332,9 @@ func (r *Reconciler) hasNothing(g ledger.Grant) (force string, cut bool) {
 	return force, true
 }
 
-// recordGone moves the grants of a corner all of whose objects are cut to
+// recordAllGone moves the grants of a corner all of whose objects are cut to
 // revoked, and says where that took force.
-func (r *Reconciler) recordGone(ctx context.Context, c corner) error {
+func (r *Reconciler) recordAllGone(ctx context.Context, c corner) error {
 	var ending []ledger.Grant
 	r.o.Ledger.View(func(s *ledger.State) { ending = r.held(s, c, ledger.Revoking) })
 	var events []ledger.Event

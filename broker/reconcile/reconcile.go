@@ -64,7 +64,8 @@ type Reconciler struct {
 	cutting   map[string]*cutting
 	troubles  map[string]*trouble
 	// cut holds what was taken from grants whose end is not yet on record.
-	cut map[share]cutShare
+	cut  map[share]cutShare
+	gone map[corner]*rounds // looks at who has nothing left
 	// floors are, by object id, the generations below which nothing is made any
 	// more, though no grant is left that says so.
 	floors map[string]uint64
@@ -123,7 +124,7 @@ func New(o Options) *Reconciler {
 	r := &Reconciler{
 		o: o, kinds: map[string]Kind{}, appliers: map[string]Applier{},
 		lanes: map[corner]*lanes{}, failures: map[uuid.UUID]error{}, missed: map[string]bool{}, caughtUp: map[string]bool{}, seen: map[string]sight{},
-		applying: map[string]*application{}, extending: map[string]uint64{}, cutting: map[string]*cutting{}, troubles: map[string]*trouble{},
+		applying: map[string]*application{}, extending: map[string]uint64{}, cutting: map[string]*cutting{}, gone: map[corner]*rounds{}, troubles: map[string]*trouble{},
 		cut: map[share]cutShare{}, floors: map[string]uint64{}, barred: map[uuid.UUID]bool{},
 		needed: map[uuid.UUID]map[corner]bool{}, runs: map[uuid.UUID]string{},
 	}
