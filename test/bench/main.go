@@ -43,8 +43,10 @@ type bench struct {
 	tools  harness.Tools
 	policy string
 	big    int
-	only   *regexp.Regexp
-	rows   []Row
+	// brokerMost is the most tokens that a whole broker is started with.
+	brokerMost int
+	only       *regexp.Regexp
+	rows       []Row
 }
 
 func main() {
@@ -62,6 +64,7 @@ func main() {
 	flag.IntVar(&b.big, "tokens", 1_000_000, "grants in the ledger that a restart loads")
 	pictures := flag.String("plots", "", "measure how it grows instead, and draw it into this directory")
 	document := flag.String("document", "", "with -plots, the Markdown file to write the table into")
+	flag.IntVar(&b.brokerMost, "broker-tokens", 1_000_000, "with -plots, the most tokens to start a whole broker with; beyond them only its parts are measured")
 	scale := flag.String("scale", "1000,10000,100000,1000000", "with -plots, the numbers of tokens to measure at")
 	flag.Parse()
 	// No timeout is measured here, and a busy machine must not end a run.

@@ -55,7 +55,10 @@ func (s *scaling) draw(dir string) error {
 			}
 			var points plotter.XYs
 			for _, tokens := range s.tokens {
-				y := l.at[tokens]
+				y, measured := l.at[tokens]
+				if !measured {
+					continue
+				}
 				points = append(points, plotter.XY{X: float64(tokens), Y: y})
 				if low == 0 || y < low {
 					low = y
@@ -100,7 +103,11 @@ func (s *scaling) table() string {
 			}
 			fmt.Fprintf(&b, "| %s |", l.what)
 			for _, n := range s.tokens {
-				fmt.Fprintf(&b, " %s |", figure(l.at[n]))
+				text := "–"
+				if y, measured := l.at[n]; measured {
+					text = figure(y)
+				}
+				fmt.Fprintf(&b, " %s |", text)
 			}
 			b.WriteString("\n")
 		}
