@@ -199,6 +199,8 @@ type plan struct {
 	shim bool
 	// full: the state directory's disk is full from half-way on.
 	full bool
+	// busy: so much is recorded that the ledger's log is moved.
+	busy bool
 	// told: it is told to end, and not killed unless at its failpoint.
 	told bool
 }
@@ -232,6 +234,9 @@ func (w *world) choose(r *rand.Rand, number uint64) plan {
 		p.starting = time.Duration(1+r.IntN(400)) * time.Millisecond
 	case n == 7:
 		p.shim = true
+	}
+	if number == 1 && w.disk == "" {
+		p = plan{label: "ledger.tidy.after", count: 1, operations: 25, busy: true}
 	}
 	p.told = p.label != "" && strings.HasPrefix(p.label, "close.")
 	if w.disk != "" && r.IntN(2) == 0 {
@@ -378,7 +383,7 @@ func (w *world) loose(r *rand.Rand, p plan) (byItself bool) {
 	defer tick.Stop()
 	// An armed failpoint that nobody comes by must not hold up the run.
 	patience := 600 * time.Millisecond
-	if p.full {
+	if p.full || p.busy {
 		patience = w.Stretched(4 * time.Second)
 	}
 	limit := time.After(patience)
@@ -394,6 +399,10 @@ wait:
 		if p.full && int(l.done.Load()) >= p.operations/4 {
 			p.full = false
 			l.fill(ctx)
+		}
+		if p.busy {
+			p.busy = false
+			l.renameOften(ctx, 1200)
 		}
 		if p.shim && int(l.done.Load()) >= p.operations/2 && l.killShim(r) {
 			p.shim = false
@@ -451,11 +460,16 @@ func (l *life) fill(ctx context.Context) {
 	err := os.WriteFile(filepath.Join(l.disk, "ballast"), make([]byte, 16<<20), 0o600)
 	l.note("the disk is full: %v", err)
 	l.full.Store(true)
+	l.renameOften(ctx, 5000)
+}
+
+// renameOften names a partition so often, or until it is refused.
+func (l *life) renameOften(ctx context.Context, times int) {
 	p := l.parts[0]
 	n := l.names[p.ID]
 	n.busy.Lock()
 	defer n.busy.Unlock()
-	for i := range 5000 {
+	for i := range times {
 		name := fmt.Sprintf("p%d-a", i)
 		l.locked(func() { n.asked = name })
 		if _, err := l.Client.SetName(ctx, name, p.ID); err != nil {
