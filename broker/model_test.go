@@ -79,6 +79,7 @@ type machine struct {
 	model
 	rt      *rapid.T
 	clock   *turned
+	behind  bool // the wall clock is, so that it does not tell for how long the machine was off
 	hurry   bool // the last step was not waited for
 	started int  // runs of VMs
 }
@@ -186,6 +187,27 @@ func (m *machine) leave(vm uuid.UUID) {
 	m.vanish(vm)
 }
 
+// crash drops all that the broker has in memory, and starts another one.
+func (m *machine) crash(meanwhile func()) {
+	m.reconciler.Close()
+	if err := m.ledger.Close(); err != nil {
+		m.rt.Fatal(err)
+	}
+	meanwhile()
+	if r, err := ledger.Verify(context.Background(), m.o.StateDir); err != nil || r.Broken != nil {
+		m.rt.Fatalf("the chain is not whole: %+v, %v", r.Broken, err)
+	}
+	m.labels, m.unrecorded = map[labelKey]bool{}, map[uuid.UUID]tombstone{}
+	m.open()
+	m.plug()
+	m.start()
+	for _, f := range []func(context.Context) error{m.endStale, m.catchUp} {
+		if err := f(context.Background()); err != nil {
+			m.rt.Fatal(err)
+		}
+	}
+}
+
 // actions are what can happen. Each changes the machine and the model.
 func (m *machine) actions() map[string]func(*rapid.T) {
 	all := map[string]func(){
@@ -229,6 +251,7 @@ func (m *machine) actions() map[string]func(*rapid.T) {
 		},
 		"set the clock back": func() {
 			m.clock.SetWall(m.clock.Now().Wall.Add(-time.Hour))
+			m.behind = true
 		},
 		"start a VM": func() {
 			if vm := m.vm(); m.runs[vm] == "" {
@@ -254,26 +277,29 @@ func (m *machine) actions() map[string]func(*rapid.T) {
 			m.absent[p] = !m.absent[p]
 		},
 		"crash and restart": func() {
-			m.reconciler.Close()
-			if err := m.ledger.Close(); err != nil {
-				m.rt.Fatal(err)
-			}
-			if vm := m.vm(); m.runs[vm] != "" && rapid.Bool().Draw(m.rt, "a VM exits meanwhile") {
-				m.leave(vm)
-				m.exit(vm)
-			}
-			if r, err := ledger.Verify(context.Background(), m.o.StateDir); err != nil || r.Broken != nil {
-				m.rt.Fatalf("the chain is not whole: %+v, %v", r.Broken, err)
-			}
-			m.labels, m.unrecorded = map[labelKey]bool{}, map[uuid.UUID]tombstone{}
-			m.open()
-			m.plug()
-			m.start()
-			for _, f := range []func(context.Context) error{m.endStale, m.catchUp} {
-				if err := f(context.Background()); err != nil {
-					m.rt.Fatal(err)
+			m.crash(func() {
+				if vm := m.vm(); m.runs[vm] != "" && rapid.Bool().Draw(m.rt, "a VM exits meanwhile") {
+					m.leave(vm)
+					m.exit(vm)
 				}
-			}
+			})
+		},
+		"the machine reboots": func() {
+			// The broker leaves a mark each minute.
+			m.put(ledger.Event{Type: ledger.ClockHighwater, Actor: brokerActor})
+			m.crash(func() {
+				for _, vm := range []uuid.UUID{mail1, mail2} {
+					m.leave(vm)
+					m.exit(vm)
+				}
+				off := time.Duration(rapid.IntRange(0, 20).Draw(m.rt, "off")) * time.Second
+				m.clock.Reboot(uuid.NewString(), off)
+				if m.behind = m.behind || rapid.Bool().Draw(m.rt, "back"); m.behind {
+					m.clock.SetWall(m.clock.Now().Wall.Add(-time.Hour))
+				} else {
+					m.now += off
+				}
+			})
 		},
 	}
 	out := map[string]func(*rapid.T){}
