@@ -92,6 +92,7 @@ type turned struct{ *clock.Fake }
 // world. The policy workers stay.
 func (m *machine) anew(dir string) {
 	g := m.granting
+	m.hold(false)
 	g.reconciler.Close()
 	if err := g.ledger.Close(); err != nil {
 		m.rt.Fatal(err)
@@ -187,6 +188,19 @@ func (m *machine) leave(vm uuid.UUID) {
 	m.vanish(vm)
 }
 
+// hold has withdrawals wait for the guest, or no longer.
+func (m *machine) hold(on bool) {
+	m.things.mu.Lock()
+	defer m.things.mu.Unlock()
+	if m.things.stuck != nil {
+		close(m.things.stuck)
+		m.things.stuck = nil
+	}
+	if on {
+		m.things.stuck = make(chan struct{})
+	}
+}
+
 // crash drops all that the broker has in memory, and starts another one.
 func (m *machine) crash(meanwhile func()) {
 	m.reconciler.Close()
@@ -253,6 +267,7 @@ func (m *machine) actions() map[string]func(*rapid.T) {
 			m.clock.SetWall(m.clock.Now().Wall.Add(-time.Hour))
 			m.behind = true
 		},
+		"a guest holds on, or lets go": func() { m.hold(m.things.stuck == nil) },
 		"start a VM": func() {
 			if vm := m.vm(); m.runs[vm] == "" {
 				m.started++
@@ -324,7 +339,17 @@ func (m *machine) check() {
 			}
 		}
 	})
-	if m.hurry {
+	m.things.mu.Lock()
+	for id := range m.things.objects {
+		// Nobody takes it away while it is looked at.
+		if g := m.look(uuid.MustParse(strings.TrimPrefix(id, "o-"))); g.State.Final() {
+			m.things.mu.Unlock()
+			m.rt.Fatalf("grant %s is %s, and gives access", g.ID, g.State)
+		}
+	}
+	held := m.things.stuck != nil
+	m.things.mu.Unlock()
+	if m.hurry || held {
 		return
 	}
 	var differs string
@@ -394,6 +419,7 @@ func TestBrokerAgainstModel(t *testing.T) {
 		m.anew(filepath.Join(root, fmt.Sprint(n)))
 		rt.Repeat(m.actions())
 		m.hurry = false
+		m.hold(false)
 		m.check()
 	})
 }
