@@ -161,10 +161,11 @@ func (b *Broker) close() error {
 // had begun.
 func (b *Broker) takeOver(ctx context.Context) error {
 	_, err := b.ledger.Update(ctx, func(tx *ledger.Tx) error {
-		return tx.Append(ledger.Event{Type: ledger.BrokerStarted, Actor: brokerActor, Data: ledger.JSON(struct {
+		err := tx.Append(ledger.Event{Type: ledger.BrokerStarted, Actor: brokerActor, Data: ledger.JSON(struct {
 			Version string `json:"version"`
 			PID     int    `json:"pid"`
 		}{b.o.Version, os.Getpid()})})
+		return errors.Join(err, tx.Append(ledger.NewMark(brokerActor, tx.Now())))
 	})
 	if err != nil {
 		return err
@@ -470,7 +471,7 @@ func (b *Broker) keepTime(ctx context.Context) {
 			}
 			// Every event is a mark; without leases none is needed.
 			if next, ok := s.NextDeadline(now); ok {
-				unmarked = now.Wall.Sub(s.HighWater()) > mark
+				unmarked = s.Effective(now).Wall.Sub(s.HighWater()) > mark
 				if next > 0 {
 					wait = min(wait, next)
 				}
@@ -479,10 +480,7 @@ func (b *Broker) keepTime(ctx context.Context) {
 		if unmarked && time.Since(tried) > mark {
 			tried = time.Now()
 			_, err := b.ledger.Update(ctx, func(tx *ledger.Tx) error {
-				return tx.Append(ledger.Event{
-					Type: ledger.ClockHighwater, Actor: brokerActor,
-					Data: ledger.JSON(ledger.HighwaterData{Wall: now.Wall}),
-				})
+				return tx.Append(ledger.NewMark(brokerActor, tx.Now()))
 			})
 			if err != nil && ctx.Err() == nil {
 				b.log.Error("cannot record the time", "err", err)

@@ -104,6 +104,7 @@ func (m *machine) anew(dir string) {
 	g.things.mu.Unlock()
 	g.running = map[uuid.UUID]*unit{}
 	g.open()
+	m.mark()
 	m.plug()
 	for vm, partition := range map[uuid.UUID]uuid.UUID{mail1: workID, mail2: homeID} {
 		m.put(ledger.Event{Type: ledger.VMBound, Actor: brokerActor, VM: vm, Partition: partition})
@@ -124,6 +125,16 @@ func (m *machine) plug() {
 
 func (m *machine) put(e ledger.Event) {
 	_, err := m.ledger.Update(context.Background(), func(tx *ledger.Tx) error { return tx.Append(e) })
+	if err != nil {
+		m.rt.Fatal(err)
+	}
+}
+
+// mark is what a broker records of the time when it starts, and each minute.
+func (m *machine) mark() {
+	_, err := m.ledger.Update(context.Background(), func(tx *ledger.Tx) error {
+		return tx.Append(ledger.NewMark(brokerActor, tx.Now()))
+	})
 	if err != nil {
 		m.rt.Fatal(err)
 	}
@@ -213,6 +224,7 @@ func (m *machine) crash(meanwhile func()) {
 	}
 	m.labels, m.unrecorded = map[labelKey]bool{}, map[uuid.UUID]tombstone{}
 	m.open()
+	m.mark()
 	m.plug()
 	m.start()
 	for _, f := range []func(context.Context) error{m.endStale, m.catchUp} {
@@ -301,7 +313,7 @@ func (m *machine) actions() map[string]func(*rapid.T) {
 		},
 		"the machine reboots": func() {
 			// The broker leaves a mark each minute.
-			m.put(ledger.Event{Type: ledger.ClockHighwater, Actor: brokerActor})
+			m.mark()
 			m.crash(func() {
 				for _, vm := range []uuid.UUID{mail1, mail2} {
 					m.leave(vm)

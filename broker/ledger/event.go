@@ -189,6 +189,9 @@ type NameData struct {
 // HighwaterData is the Data of clock.highwater.
 type HighwaterData struct {
 	Wall time.Time `json:"wall"`
+	// BootID and Boot are the boot's time at Wall.
+	BootID string        `json:"boot_id,omitempty"`
+	Boot   time.Duration `json:"boot_ns,omitempty"`
 }
 
 // mustJSON marshals one of this package's own data types, which cannot fail.

@@ -278,6 +278,7 @@ func (f *folder) clock(l *layer, e *entry) error {
 	}
 	if !d.Wall.IsZero() {
 		l.meta.highwater = max(l.meta.highwater, d.Wall.UnixNano())
+		l.mark(d)
 	}
 	return nil
 }

@@ -209,6 +209,7 @@ type meta struct {
 	// highwater is the latest wall time on record, and boot this boot's time
 	// when it was reached, or when the ledger was opened.
 	highwater, boot int64
+	anchor          anchor
 	// keys are replaced, never changed, since layers share them; keysSeq is the
 	// event that did so last.
 	keys    []signingKey

@@ -142,6 +142,9 @@ func (s *State) Effective(now capabilities.Instant) capabilities.Instant {
 	h := nanoTime(s.l.meta.highwater)
 	if due := s.l.committed().due; due != nil && due.bootID == now.BootID {
 		h = h.Add(max(0, now.Boot-nanoDuration(s.l.meta.boot)))
+		if least := s.l.meta.anchor.atLeast(now.Boot); h.Before(least) {
+			h = least
+		}
 	}
 	if now.Wall.Before(h) {
 		now.Wall = h

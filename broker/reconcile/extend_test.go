@@ -199,3 +199,20 @@ func TestRenewalOfWhatCannotBeMoved(t *testing.T) {
 		}
 	}
 }
+
+// TestLeaseOfAnEarlierBoot: what ends an object by itself knows the machine's
+// clocks only, so it is told this boot's time.
+func TestLeaseOfAnEarlierBoot(t *testing.T) {
+	g, m := newMovableRig(t)
+	g.append(ledger.NewMark(ledger.Actor{Kind: ledger.ActorBroker}, g.clock.Now()))
+	id := g.grant(func(r *ledger.GrantRecord) {
+		r.Deadline = capabilities.NewDeadline(g.clock.Now(), time.Hour)
+		r.Deadline.BootID = uuid.NewString()
+	})
+	g.await(id, ledger.Active)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if got, want := m.objects["o-"+id.String()].Deadline, capabilities.NewDeadline(g.clock.Now(), time.Hour); !got.Equal(want) {
+		t.Errorf("it is told to end at %v, want %v", got, want)
+	}
+}

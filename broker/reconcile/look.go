@@ -36,6 +36,9 @@ func (r *Reconciler) desire(c corner) view {
 		}
 		v.desired = Objects(r.kinds, v.grants, func(g ledger.Grant) bool { return v.live[g.ID] == nil })
 		v.ending = Objects(r.kinds, v.grants, func(g ledger.Grant) bool { return v.live[g.ID] != nil })
+		for i := range v.desired {
+			v.desired[i].Deadline = s.InThisBoot(v.desired[i].Deadline)
+		}
 		v.needs(s)
 	})
 	v.desired = raise(v.desired, v.ending)
