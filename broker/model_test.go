@@ -108,6 +108,7 @@ func (m *machine) anew(dir string) {
 	m.plug()
 	for vm, partition := range map[uuid.UUID]uuid.UUID{mail1: workID, mail2: homeID} {
 		m.put(ledger.Event{Type: ledger.VMBound, Actor: brokerActor, VM: vm, Partition: partition})
+		m.boots(vm)
 	}
 }
 
@@ -155,7 +156,7 @@ func (m *machine) pick() *held {
 // ask asks for a grant, and holds the answer against the model.
 func (m *machine) ask(holder uuid.UUID, parent *held) {
 	g := &held{
-		holder: holder, parent: parent, persist: rapid.Bool().Draw(m.rt, "persist"),
+		holder: holder, parent: parent, persist: rapid.IntRange(0, 3).Draw(m.rt, "persist") == 3,
 		partition: rapid.SampledFrom([]uuid.UUID{workID, homeID}).Draw(m.rt, "partition"),
 		path:      rapid.SampledFrom([]string{"/", "/a", "/a/b", "/a/b/c", "/ab"}).Draw(m.rt, "path"),
 	}
@@ -170,7 +171,7 @@ func (m *machine) ask(holder uuid.UUID, parent *held) {
 	}
 	uid := uint32(1000)
 	r := request{action: policy.ActionGrant, actor: ledger.Actor{Kind: ledger.ActorPerson, UID: &uid}, holder: holder, capability: c, persist: g.persist, narrower: true}
-	if ttl := rapid.Int64Range(0, 60).Draw(m.rt, "ttl"); ttl > 0 {
+	if ttl := rapid.SampledFrom([]int64{0, 0, 0, 5, 30, 60}).Draw(m.rt, "ttl"); ttl > 0 {
 		r.ttl, g.ends = &ttl, m.now+time.Duration(ttl)*time.Second
 	}
 	if parent != nil {
@@ -197,6 +198,20 @@ func (m *machine) leave(vm uuid.UUID) {
 	maps.DeleteFunc(m.things.objects, func(_ string, o reconcile.Observed) bool { return o.VM == vm })
 	m.things.mu.Unlock()
 	m.vanish(vm)
+}
+
+// boots starts a VM, unless it runs.
+func (m *machine) boots(vm uuid.UUID) {
+	if m.runs[vm] != "" {
+		return
+	}
+	m.started++
+	run := fmt.Sprintf("run-%d", m.started)
+	if err := m.recordRun(context.Background(), ledger.VMStarted, brokerActor, vm, run, ""); err != nil {
+		m.rt.Fatal(err)
+	}
+	m.unitOf(vm, run)
+	m.runs[vm] = run
 }
 
 // hold has withdrawals wait for the guest, or no longer.
@@ -280,17 +295,7 @@ func (m *machine) actions() map[string]func(*rapid.T) {
 			m.behind = true
 		},
 		"a guest holds on, or lets go": func() { m.hold(m.things.stuck == nil) },
-		"start a VM": func() {
-			if vm := m.vm(); m.runs[vm] == "" {
-				m.started++
-				run := fmt.Sprintf("run-%d", m.started)
-				if err := m.recordRun(context.Background(), ledger.VMStarted, brokerActor, vm, run, ""); err != nil {
-					m.rt.Fatal(err)
-				}
-				m.unitOf(vm, run)
-				m.runs[vm] = run
-			}
-		},
+		"start a VM":                   func() { m.boots(m.vm()) },
 		"a VM exits": func() {
 			if vm := m.vm(); m.runs[vm] != "" {
 				u := m.unit(vm)
@@ -301,7 +306,7 @@ func (m *machine) actions() map[string]func(*rapid.T) {
 		},
 		"unplug or plug a partition": func() {
 			p := rapid.SampledFrom([]uuid.UUID{workID, homeID}).Draw(m.rt, "partition")
-			m.absent[p] = !m.absent[p]
+			m.absent[p] = !m.absent[p] && rapid.Bool().Draw(m.rt, "unplug")
 		},
 		"crash and restart": func() {
 			m.crash(func() {
