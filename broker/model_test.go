@@ -249,21 +249,22 @@ func (m *machine) crash(meanwhile func()) {
 	}
 }
 
-// actions are what can happen. Each changes the machine and the model.
+// actions are what can happen. Each changes the machine and the model. Those that
+// come first are drawn more often.
 func (m *machine) actions() map[string]func(*rapid.T) {
 	all := map[string]func(){
-		"grant": func() { m.ask(m.vm(), nil) },
-		"attenuate": func() {
+		"1 grant": func() { m.ask(m.vm(), nil) },
+		"3 attenuate": func() {
 			if p := m.pick(); p != nil {
 				m.ask(p.holder, p)
 			}
 		},
-		"delegate": func() {
+		"2 delegate": func() {
 			if p := m.pick(); p != nil {
 				m.ask(m.vm(), p)
 			}
 		},
-		"revoke": func() {
+		"4 revoke": func() {
 			if g := m.pick(); g != nil {
 				if _, err := m.revoke(context.Background(), brokerActor, only(g.id), "asked to", false); err != nil {
 					m.rt.Fatal(err)
@@ -294,8 +295,8 @@ func (m *machine) actions() map[string]func(*rapid.T) {
 			m.clock.SetWall(m.clock.Now().Wall.Add(-time.Hour))
 			m.behind = true
 		},
-		"a guest holds on, or lets go": func() { m.hold(m.things.stuck == nil) },
-		"start a VM":                   func() { m.boots(m.vm()) },
+		"5 a guest holds on, or lets go": func() { m.hold(m.things.stuck == nil) },
+		"start a VM":                     func() { m.boots(m.vm()) },
 		"a VM exits": func() {
 			if vm := m.vm(); m.runs[vm] != "" {
 				u := m.unit(vm)
