@@ -280,7 +280,7 @@ func (m *machine) actions() map[string]func(*rapid.T) {
 			ttl := rapid.Int64Range(1, 60).Draw(m.rt, "ttl")
 			ends := m.now + time.Duration(ttl)*time.Second
 			may := m.live(g) && g.ends != 0 && ends > g.ends && (g.parent == nil || g.parent.ends == 0 || ends <= g.parent.ends)
-			if _, err := m.granting.renew(context.Background(), brokerActor, m.look(g.id), &ttl, false); (err == nil) != may {
+			if _, err := m.renew(context.Background(), brokerActor, m.look(g.id), &ttl, false); (err == nil) != may {
 				m.rt.Fatalf("renewal of %+v: %v, the model says %v", g, err, may)
 			} else if err == nil {
 				g.ends = ends
