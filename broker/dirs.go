@@ -1,8 +1,11 @@
 package broker
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 )
@@ -10,7 +13,7 @@ import (
 // ownDir makes a directory, or makes sure that the one that is there is the
 // broker's alone to change: whoever else could would decide what it trusts.
 func ownDir(dir string, mode os.FileMode) error {
-	if err := os.MkdirAll(dir, mode); err != nil {
+	if err := makeDir(filepath.Clean(dir), mode); err != nil {
 		return err
 	}
 	var st unix.Stat_t
@@ -26,4 +29,24 @@ func ownDir(dir string, mode os.FileMode) error {
 		return fmt.Errorf("%s is writable by others (mode %04o); run `chmod go-w %s`", dir, st.Mode&0o7777, dir)
 	}
 	return nil
+}
+
+// makeDir makes a directory, and those above it, durably: what is made durable
+// inside of one that a power cut takes away is gone with it.
+func makeDir(dir string, mode os.FileMode) error {
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	above := filepath.Dir(dir)
+	if err := makeDir(above, mode); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, mode); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	d, err := os.Open(above)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }

@@ -33,8 +33,10 @@ var (
 	ErrOtherLedger = errors.New("it is a backup of another ledger")
 )
 
-// Errors of Update.
+// Errors of Update and Reopen.
 var (
+	// ErrGone: a file of the ledger is not where it was opened any more.
+	ErrGone = errors.New("the ledger's file is gone")
 	// ErrUnknownOutcome: the commit failed; whether the events are on the disk
 	// is not known before Reopen.
 	ErrUnknownOutcome = errors.New("the ledger could not be written and the outcome is unknown")

@@ -51,7 +51,8 @@ type Ledger struct {
 	store    *store
 	root     *layer
 	poisoned error
-	marked   Mark // zero: no mark is kept
+	trouble  error // of the last attempt to write or reopen
+	marked   Mark  // zero: no mark is kept
 
 	markMu   sync.Mutex // one mark is written at a time
 	markedAt time.Time
@@ -96,8 +97,9 @@ func Open(ctx context.Context, o Options) (*Ledger, error) {
 
 func (l *Ledger) synchronous() string { return cmp.Or(l.o.synchronous, durability()) }
 
-// load reads the file into a fresh state.
-func (l *Ledger) load(ctx context.Context) error {
+// load reads the file into a fresh state, of which the acknowledged events must
+// be part.
+func (l *Ledger) load(ctx context.Context, acknowledged ...Anchor) error {
 	now := l.o.Clock.Now()
 	w, err := newWitness(l.o.Dir)
 	if err != nil {
@@ -113,7 +115,7 @@ func (l *Ledger) load(ctx context.Context) error {
 	root := newLayer(nil)
 	root.due = &deadlines{bootID: now.BootID}
 	f := &folder{newInterner()}
-	_, err = load(ctx, s, f, root, w)
+	_, err = load(ctx, s, f, root, w, acknowledged...)
 	if err == nil {
 		err = w.judge(&root.meta)
 	}
@@ -128,7 +130,7 @@ func (l *Ledger) load(ctx context.Context) error {
 	root.meta.boot = int64(now.Boot)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.store, l.root, l.folder, l.poisoned, l.marked = s, root, f, nil, w.mark
+	l.store, l.root, l.folder, l.poisoned, l.trouble, l.marked = s, root, f, nil, nil, w.mark
 	return nil
 }
 
@@ -186,7 +188,7 @@ func (l *Ledger) Update(ctx context.Context, fn func(tx *Tx) error) ([]Event, er
 func (l *Ledger) commit(batch []*update) {
 	if err := l.Poisoned(); err != nil {
 		for _, u := range batch {
-			u.err = fmt.Errorf("%w: %w", ErrPoisoned, err)
+			u.err = fmt.Errorf("%w: %w", ErrPoisoned, cmp.Or(l.Trouble(), err))
 		}
 		return
 	}
@@ -213,7 +215,7 @@ func (l *Ledger) commit(batch []*update) {
 		return
 	}
 	began := time.Now()
-	begun, err := l.store.write(records)
+	begun, err := l.store.record(records)
 	took := time.Since(began)
 	defer func() { l.observe(took, batch, err) }()
 	if err != nil {
@@ -243,6 +245,7 @@ func (l *Ledger) publish(top *layer) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	top.merge()
+	l.trouble = nil
 }
 
 // failed answers the updates of a commit that did not succeed.
@@ -253,8 +256,9 @@ func (l *Ledger) failed(batch []*update, begun bool, err error) {
 		l.poison(err)
 		l.o.Log.Error("the ledger could not be written; it refuses everything until it is reopened", "err", err)
 	}
+	l.troubled(err)
 	for _, u := range batch {
-		u.events, u.err = nil, fmt.Errorf("%w: %w", kind, err)
+		u.events, u.err = nil, fmt.Errorf("%w: %w", kind, l.Trouble())
 	}
 }
 
@@ -268,7 +272,8 @@ func (l *Ledger) poison(err error) {
 }
 
 // Reopen reads the file again after an unknown outcome. On success the state
-// is what is on the disk, and Updates are taken again.
+// is what is on the disk, and Updates are taken again. It fails where the disk
+// has less than was acknowledged, and where the database is another file.
 func (l *Ledger) Reopen(ctx context.Context) error {
 	if l.o.ReadOnly {
 		return ErrReadOnly
@@ -284,12 +289,17 @@ func (l *Ledger) again() error {
 	// transaction open, and here it ends. Until the file was read again nothing
 	// is written, whatever the reason to reopen.
 	l.poison(errors.New("the ledger is being reopened"))
-	if err := old.retire(); err != nil {
-		l.o.Log.Warn("the ledger's old connection could not be closed", "err", err)
+	err := old.untouched()
+	if err == nil {
+		if err := old.retire(); err != nil {
+			l.o.Log.Warn("the ledger's old connection could not be closed", "err", err)
+		}
+		failpoint.Hit("ledger.reopen.before")
+		err = l.load(context.Background(), l.head())
 	}
-	failpoint.Hit("ledger.reopen.before")
-	if err := l.load(context.Background()); err != nil {
-		return fmt.Errorf("cannot reopen the ledger: %w", err)
+	if err != nil {
+		l.troubled(err)
+		return fmt.Errorf("cannot reopen the ledger: %w", l.Trouble())
 	}
 	l.wake()
 	return old.close()

@@ -68,10 +68,12 @@ type Page struct {
 
 var errPageFull = errors.New("the page is full")
 
-// Read returns committed events. Each is checked against its hash. It fails with
+// Read returns committed events. Each is checked against its hash and against the
+// event before it: what is not as it was loaded ends all writing. It fails with
 // ErrBeyondHead where the cursor is behind the newest event: it is another
 // ledger's.
 func (l *Ledger) Read(ctx context.Context, r Reading) (Page, error) {
+	newest := l.head()
 	s, head, err := l.borrow()
 	if err != nil {
 		return Page{}, err
@@ -80,23 +82,31 @@ func (l *Ledger) Read(ctx context.Context, r Reading) (Page, error) {
 	if r.After > head {
 		return Page{}, fmt.Errorf("%w: it ends at event %d, and the cursor is %d", ErrBeyondHead, head, r.After)
 	}
-	return s.page(ctx, r, head)
+	p, err := s.page(ctx, r, head, newest)
+	return p, l.noticed(err)
 }
 
-// page reads events up to head.
-func (s *store) page(ctx context.Context, r Reading, head uint64) (Page, error) {
+// page reads events up to head, of which newest is one.
+func (s *store) page(ctx context.Context, r Reading, head uint64, newest Anchor) (Page, error) {
 	p := Page{Next: r.After}
 	if r.After >= head {
 		return p, nil
 	}
 	bytes, looked := 0, 0
-	err := s.each(ctx, int64(r.After+1), func(row int64, body, stored []byte) error {
+	link := links{from: r.After, newest: newest}
+	err := s.each(ctx, int64(r.After), func(row int64, body, stored []byte) error {
 		seq := uint64(row)
+		if seq == r.After {
+			return link.begin(body, stored)
+		}
 		if seq != p.Next+1 {
 			return &ChainError{Seq: p.Next + 1, Problem: BrokenGap, Detail: "it is gone since it was loaded"}
 		}
 		e, hash, err := checkRow(seq, body, stored)
 		if err != nil {
+			return err
+		}
+		if err := link.follow(&e.Event, hash); err != nil {
 			return err
 		}
 		p.Next = seq

@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	"golang.org/x/sys/unix"
 	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
 
@@ -50,6 +49,8 @@ type store struct {
 	tidying *sql.DB        // moves what the log holds into the database, beside the writer
 	frames  atomic.Int64   // about how many the log holds
 	reading sync.WaitGroup // those who may still use readers and tidying
+	retired bool           // the writer's connection was closed
+	files   []fileID       // that must stay where they are; none where it is open for reading only
 }
 
 // openStore opens the file, and makes it where it is missing, with its first
@@ -85,7 +86,7 @@ func (s *store) open(ctx context.Context, path string, readOnly bool, synchronou
 		return err
 	}
 	failpoint.Hit("ledger.migrate.after")
-	if err := s.settle(ctx, path); err != nil {
+	if err := s.settle(ctx); err != nil {
 		return err
 	}
 	failpoint.Hit("ledger.settle.after")
@@ -93,6 +94,9 @@ func (s *store) open(ctx context.Context, path string, readOnly bool, synchronou
 		return err
 	}
 	failpoint.Hit("ledger.reserve.after")
+	if err := s.remember(path); err != nil {
+		return err
+	}
 	if s.readers, err = connect(path, url.Values{"mode": {"ro"}}); err != nil {
 		return err
 	}
@@ -156,26 +160,6 @@ func makeFile(path string) error {
 		return err
 	}
 	return syncDir(filepath.Dir(path))
-}
-
-// settle makes durable what an earlier process, or a failed commit, left in
-// the log without knowing whether it is: nothing may be built on events that
-// a power cut could still take away.
-func (s *store) settle(ctx context.Context, path string) error {
-	var busy, frames, moved int
-	if err := s.writing.QueryRowContext(ctx, "PRAGMA wal_checkpoint(TRUNCATE)").Scan(&busy, &frames, &moved); err != nil {
-		return err
-	}
-	if busy == 0 {
-		return nil
-	}
-	// Somebody reads just now. SQLite keeps no locks on this file, so closing
-	// it loses none.
-	f, err := os.OpenFile(path+"-wal", os.O_RDWR|unix.O_NOFOLLOW, 0)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
 }
 
 // checkSchema refuses what is no ledger of a schema that is known, and says
@@ -295,6 +279,7 @@ func (s *store) retire() error {
 	if s.writing == nil {
 		return nil
 	}
+	s.retired = true
 	var err error
 	if s.writer != nil {
 		err = s.writer.close()
