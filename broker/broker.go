@@ -52,7 +52,8 @@ type Broker struct {
 	ctx context.Context //nolint:containedctx // see above
 	wg  sync.WaitGroup
 
-	loading      sync.Mutex // held while policies are loaded
+	loading      sync.Mutex   // held while policies are loaded
+	reopening    sync.RWMutex // held while the ledger is reopened
 	mu           sync.Mutex
 	running      map[uuid.UUID]*unit // nil: being started
 	policyErrors map[policy.EngineID]string
@@ -121,7 +122,7 @@ func (b *Broker) open(ctx context.Context, w Wiring) error {
 		Dir: b.o.StateDir, Kinds: b.kinds, Clock: b.o.Clock, Log: b.log, Observe: b.metrics.committed,
 	})
 	if err != nil {
-		return err
+		return cannotOpen(err)
 	}
 	if b.keys, err = keys.Open(ctx, b.ledger, b.o.StateDir, b.kinds, b.log); err != nil {
 		return err
@@ -445,13 +446,9 @@ func (b *Broker) keepTime(ctx context.Context) {
 	tick := time.NewTicker(look)
 	defer tick.Stop()
 	var tried time.Time
+	var mending mending
 	for {
-		if b.ledger.Poisoned() != nil {
-			// What is on the disk counts, whatever was in memory.
-			if err := b.ledger.Reopen(ctx); err != nil && ctx.Err() == nil {
-				b.log.Error("the ledger still cannot be reopened", "err", err)
-			}
-		}
+		b.mend(ctx, &mending)
 		if b.strayed.Swap(false) {
 			if err := b.sweep(ctx); err != nil {
 				b.strayed.Store(true)

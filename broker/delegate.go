@@ -43,7 +43,7 @@ func (s guestService) Delegate(ctx context.Context, vm uuid.UUID, req api.GuestD
 		return api.GuestGrant{}, api.Errorf(api.CodeUnavailable, "the broker is starting; try again")
 	}
 	if err := b.ledger.Poisoned(); err != nil {
-		return api.GuestGrant{}, unrecorded("nothing is granted", err)
+		return api.GuestGrant{}, guestError(unrecorded("nothing is granted", err))
 	}
 	r, err := s.delegation(ctx, vm, req)
 	if err != nil {

@@ -118,6 +118,10 @@ func guestError(err error) error {
 			return refusedToGuest(err)
 		}
 	}
+	if e.Code == api.CodeUnavailable && e.Unwrap() != nil {
+		// What is wrong with the host's disk is none of its business.
+		return api.Errorf(api.CodeUnavailable, "nothing can be recorded just now, so nothing is granted; try again later").WithCause(err)
+	}
 	out := *e
 	out.Verdict, out.Grant, out.Candidates = nil, nil, nil
 	return &out
@@ -151,6 +155,10 @@ func (s guestService) Drop(ctx context.Context, vm, id uuid.UUID, token string) 
 		reason, wait, view = "taken back by VM "+vm.String()+", from whose grant it derives", false, b.delegatedGrant
 	}
 	result, err := b.revoke(ctx, ledger.Actor{Kind: ledger.ActorVM, VM: vm}, only(id), reason, wait)
+	if api.CodeOf(err) == api.CodeUnavailable {
+		// What is wrong with the host's disk is none of its business.
+		return api.GuestGrant{}, api.Errorf(api.CodeUnavailable, "it is taken back, which cannot be recorded just now").WithCause(err)
+	}
 	if err != nil {
 		return api.GuestGrant{}, err
 	}

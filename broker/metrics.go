@@ -96,7 +96,7 @@ func newMetrics(b *Broker) *metrics {
 	})
 	m.gauge("spectrum_ledger_size_bytes", "What the ledger's files take on the disk.", func() float64 { return float64(b.ledger.Size()) })
 	m.gauge("spectrum_ledger_writable", "1 while the ledger can be written, else 0.", func() float64 {
-		if b.ledger.Poisoned() != nil {
+		if b.ledger.Trouble() != nil {
 			return 0
 		}
 		return 1

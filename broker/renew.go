@@ -106,7 +106,7 @@ func (b *Broker) renew(ctx context.Context, actor ledger.Actor, g ledger.Grant, 
 		if _, ok := asAPI(err); ok {
 			return ledger.Grant{}, b.recordDenial(ctx, d, err)
 		}
-		return ledger.Grant{}, unrecorded("the grant is not renewed, and ends when it was to end", err)
+		return ledger.Grant{}, uncertain("the grant is not renewed, and ends when it was to end", err)
 	}
 	b.reconciler.Wake(g.Holder)
 	return g, nil

@@ -265,6 +265,7 @@ func (b *Broker) record(ctx context.Context, d decided, instance, label string) 
 	}
 	name := b.vmName(d.holder)
 	var g ledger.Grant
+	b.reopening.RLock()
 	_, err = b.ledger.Update(ctx, func(tx *ledger.Tx) error {
 		s := tx.State()
 		now := tx.Now()
@@ -301,6 +302,8 @@ func (b *Broker) record(ctx context.Context, d decided, instance, label string) 
 		g, _ = s.Grant(id)
 		return nil
 	})
+	b.disown(id, err)
+	b.reopening.RUnlock()
 	if err != nil {
 		if _, ok := errors.AsType[*api.Error](err); ok {
 			return ledger.Grant{}, b.recordDenial(ctx, d, err)
@@ -316,11 +319,6 @@ func (b *Broker) record(ctx context.Context, d decided, instance, label string) 
 }
 
 var liveStates = []ledger.GrantState{ledger.Pending, ledger.Active}
-
-// unrecorded is the answer when the ledger cannot be written: no.
-func unrecorded(outcome string, err error) error {
-	return api.Errorf(api.CodeUnavailable, "the ledger cannot be written, so %s; see the broker's log and the state directory's disk", outcome).WithCause(err)
-}
 
 // deniedData is the Data of grant.denied.
 type deniedData struct {

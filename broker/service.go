@@ -57,9 +57,9 @@ func (b *Broker) Health(context.Context) api.Health {
 	if n := b.reconciler.Troubles(); len(n) > 0 {
 		h.Problems = append(h.Problems, fmt.Sprintf("%s; `spectrum-cap plan` shows them", troubleCount(n)))
 	}
-	if err := b.ledger.Poisoned(); err != nil {
+	if problems := b.ledgerProblems(); len(problems) > 0 {
 		h.Status = "degraded"
-		h.Problems = append(h.Problems, err.Error())
+		h.Problems = append(problems, h.Problems...)
 	}
 	if !h.Ready {
 		h.Status = "starting"
@@ -393,7 +393,7 @@ func (b *Broker) rename(ctx context.Context, by api.Caller, t ledger.EventType, 
 	if _, ok := asAPI(err); err == nil || ok {
 		return err
 	}
-	return unrecorded("the name is unchanged", err)
+	return uncertain("the name is unchanged", err)
 }
 
 // ListPartitions implements api.Service.

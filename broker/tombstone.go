@@ -49,8 +49,10 @@ func (b *Broker) cutUnrecorded(actor ledger.Actor, pick func(*ledger.State) []uu
 	}
 	b.mu.Unlock()
 	failpoint.Hit("tombstone.before")
+	noted := ""
 	for _, g := range open {
 		if err := writeTombstone(b.tombstones(), g.ID.String(), tombstone{actor, reason}); err != nil {
+			noted = ", nor noted in the runtime directory, so that the broker must not be restarted before it is either"
 			b.log.Error("a restart of the broker before the ledger can be written would bring a grant back", "grant", g.ID, "err", err)
 		}
 	}
@@ -60,9 +62,10 @@ func (b *Broker) cutUnrecorded(actor ledger.Actor, pick func(*ledger.State) []uu
 	if err := errors.Join(b.reconciler.CutNow(ctx, open), b.reconciler.AwaitCut(ctx, ending)); err != nil {
 		done = "access is being cut, which has not ended yet"
 	}
-	return api.Errorf(api.CodeUnavailable, "%s, but the revocation could not be recorded: the ledger cannot be written. "+
-		"It will be recorded as soon as it can; make room on the state directory's disk, do not restart the host before, "+
-		"and see that the grants are shown as revoked", done).WithCause(cause)
+	what, remedy := ledger.Diagnose(cause)
+	return api.Errorf(api.CodeUnavailable, "%s, but the revocation could not be recorded%s: the ledger cannot be written: %s. "+
+		"It will be recorded as soon as it can: %s. Do not restart the host before, "+
+		"and see that the grants are shown as revoked", done, noted, what, remedy).WithCause(cause)
 }
 
 // writeTombstone is durable when it returns.
@@ -123,8 +126,8 @@ func (b *Broker) recordTombstones(ctx context.Context) error {
 		late[id] = t
 	}
 	b.mu.Unlock()
-	if len(late) == 0 {
-		return nil
+	if len(late) == 0 || b.ledger.Poisoned() != nil {
+		return nil // whoever mends the ledger says why it cannot be told
 	}
 	_, err := b.ledger.Update(ctx, func(tx *ledger.Tx) error {
 		s := tx.State()

@@ -68,6 +68,15 @@ func (r *Reconciler) IsCut(g ledger.Grant) bool {
 	return g.State.Final() || cut
 }
 
+// Bar has grants give nothing, whatever the ledger says, until Unbar.
+func (r *Reconciler) Bar(grants ...uuid.UUID) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, id := range grants {
+		r.barred[id] = true
+	}
+}
+
 // Unbar says that the ends of grants that were barred are on record.
 func (r *Reconciler) Unbar(grants ...uuid.UUID) {
 	r.mu.Lock()

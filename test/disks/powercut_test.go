@@ -81,9 +81,35 @@ func (c *cutter) client(ctx context.Context, r *rand.Rand) {
 			}
 		}
 		if err != nil {
+			c.refused(err)
 			return
 		}
 	}
+}
+
+// refused fails where a broker that has power refuses what it should not.
+func (c *cutter) refused(err error) {
+	select {
+	case <-c.disk.Off():
+	default:
+		c.t.Errorf("with the power on: %v", err)
+		c.disk.PowerOff()
+	}
+}
+
+// whileOn is a context that ends with the power: who waits for a broker then
+// waits for ever.
+func (c *cutter) whileOn(most time.Duration) context.Context {
+	ctx, cancel := context.WithCancel(c.ctx(most))
+	off := c.disk.Off()
+	go func() {
+		defer cancel()
+		select {
+		case <-off:
+		case <-ctx.Done():
+		}
+	}()
+	return ctx
 }
 
 func (c *cutter) give(ctx context.Context) (api.Grant, error) {
@@ -192,8 +218,8 @@ func (c *cutter) loose(r *rand.Rand) {
 
 // compare holds what a broker says against what was acknowledged.
 func (c *cutter) compare() error {
-	ctx := c.ctx(20 * time.Second)
-	grants, err := c.grants()
+	ctx := c.whileOn(20 * time.Second)
+	grants, err := c.grants(ctx)
 	if err != nil {
 		return err
 	}
@@ -221,11 +247,11 @@ func (c *cutter) compare() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.named, c.asked = name, nil
-	return c.forget(grants)
+	return c.forget(ctx, grants)
 }
 
 // forget has few grants live: each VM may hold so many only.
-func (c *cutter) forget(grants map[string]api.Grant) error {
+func (c *cutter) forget(ctx context.Context, grants map[string]api.Grant) error {
 	var ids []string
 	for label, g := range grants {
 		if g.State == api.GrantPending || g.State == api.GrantActive {
@@ -239,7 +265,7 @@ func (c *cutter) forget(grants map[string]api.Grant) error {
 		}
 		return nil
 	}
-	_, err := c.Client.Revoke(c.ctx(20*time.Second), api.RevokeRequest{IDs: ids})
+	_, err := c.Client.Revoke(ctx, api.RevokeRequest{IDs: ids})
 	if err == nil {
 		for label := range grants {
 			c.revoked[label] = true

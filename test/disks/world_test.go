@@ -174,8 +174,8 @@ func (w *world) ask(ctx context.Context, persist bool) (label string, g api.Gran
 }
 
 // grants are all there ever were, by label.
-func (w *world) grants() (map[string]api.Grant, error) {
-	list, err := w.Client.ListGrants(w.ctx(20*time.Second), api.GrantFilter{All: true})
+func (w *world) grants(ctx context.Context) (map[string]api.Grant, error) {
+	list, err := w.Client.ListGrants(ctx, api.GrantFilter{All: true})
 	out := map[string]api.Grant{}
 	for _, g := range list {
 		out[g.Label] = g
