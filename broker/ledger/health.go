@@ -8,6 +8,7 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
 )
 
@@ -25,7 +26,7 @@ func (s *store) remember(path string) error {
 		if err := unix.Stat(p, &st); err != nil {
 			return fmt.Errorf("cannot look at %s: %w", p, err)
 		}
-		s.files = append(s.files, fileID{p, uint64(st.Dev), st.Ino})
+		s.files = append(s.files, fileID{p, st.Dev, st.Ino})
 	}
 	return nil
 }
@@ -47,27 +48,28 @@ func (f *fileID) present() error {
 		return fmt.Errorf("%w: %s was deleted", ErrGone, f.path)
 	case err != nil:
 		return fmt.Errorf("cannot look at %s: %w", f.path, err)
-	case uint64(st.Dev) != f.dev || st.Ino != f.ino:
+	case st.Dev != f.dev || st.Ino != f.ino:
 		return fmt.Errorf("%w: %s was replaced", ErrGone, f.path)
 	}
 	return nil
 }
 
 // untouched fails where to open the files anew could do harm: a log is written
-// into the database that it is found beside, whether or not it belongs to it. A
-// log that is missing does none: what was in it is missing then. Once the store
-// was retired, SQLite may have made a new one.
-func (s *store) untouched() error {
+// into the database that it is found beside, whether or not it belongs to it. Once
+// the store was retired, SQLite may have made a new one. logGone tells that the
+// log has no name any more: all connections must be closed before others are
+// made, and what it holds is moved into the database by the last of them.
+func (s *store) untouched() (logGone bool, err error) {
 	for i, f := range s.files {
 		err := f.present()
-		if i > 0 && (s.retired || errors.Is(err, ErrGone) && !exists(f.path)) {
-			continue
-		}
-		if err != nil {
-			return err
+		switch {
+		case i > 0 && errors.Is(err, ErrGone) && !exists(f.path):
+			logGone = true
+		case err != nil && (i == 0 || !s.retired):
+			return false, err
 		}
 	}
-	return nil
+	return logGone, nil
 }
 
 func exists(path string) bool {
@@ -219,6 +221,9 @@ func Diagnose(err error) (what, remedy string) {
 	case code == sqlite3.SQLITE_READONLY || errors.Is(err, unix.EROFS):
 		return "the state directory's file system is read-only", "see the kernel's log for why, and mount it writable; the broker then goes on by itself"
 	case code == sqlite3.SQLITE_IOERR || errors.Is(err, unix.EIO):
+		if e, ok := errors.AsType[*sqlite.Error](err); ok {
+			err = e
+		}
 		return fmt.Sprintf("the state directory's disk fails (%v)", err), "see the kernel's log; the broker goes on by itself once the disk works, and if it never does, move the state directory to another one or " + restore
 	}
 	return err.Error(), "see the broker's log"

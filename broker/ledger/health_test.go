@@ -242,6 +242,59 @@ func TestReopenBesideReaders(t *testing.T) {
 	put(t, l, Event{Type: BrokerStarted, Actor: someone})
 }
 
+// TestReopenWhileTidying wants neither to wait for the other for ever.
+func TestReopenWhileTidying(t *testing.T) {
+	l := open(t, t.TempDir(), clock.NewFake())
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		for range 30 {
+			err = errors.Join(err, l.Reopen(context.Background()), try(l, Event{Type: BrokerStarted, Actor: someone}))
+		}
+		done <- err
+	}()
+	for {
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Error(err)
+			}
+			return
+		case <-time.After(time.Minute):
+			t.Fatal("they wait for each other")
+		default:
+			l.tidied()
+		}
+	}
+}
+
+// TestLogTakenAway wants what the log held, after its name is gone, in the database.
+func TestLogTakenAway(t *testing.T) {
+	l, path, grant := opened(t)
+	if _, err := l.Events(0, EventFilter{}, 0); err != nil { // so that a reader is connected
+		t.Fatal(err)
+	}
+	if err := os.Rename(path+"-wal", path+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Check(); !errors.Is(err, ErrGone) {
+		t.Fatal(err)
+	}
+	if err := l.Reopen(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		put(t, l, Event{Type: BrokerStarted, Actor: someone})
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	l = open(t, filepath.Dir(path), clock.NewFake())
+	if seq, _ := l.Head(); seq != 5 || stateOf(l, grant) != Pending {
+		t.Errorf("%d events, and the grant is %q", seq, stateOf(l, grant))
+	}
+}
+
 // TestDiagnose wants the words for each trouble to say what to do.
 func TestDiagnose(t *testing.T) {
 	for _, c := range []struct {

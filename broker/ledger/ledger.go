@@ -289,9 +289,13 @@ func (l *Ledger) again() error {
 	// transaction open, and here it ends. Until the file was read again nothing
 	// is written, whatever the reason to reopen.
 	l.poison(errors.New("the ledger is being reopened"))
-	err := old.untouched()
+	logGone, err := old.untouched()
 	if err == nil {
-		if err := old.retire(); err != nil {
+		end := old.retire
+		if logGone {
+			end = old.close
+		}
+		if err := end(); err != nil {
 			l.o.Log.Warn("the ledger's old connection could not be closed", "err", err)
 		}
 		failpoint.Hit("ledger.reopen.before")

@@ -288,16 +288,18 @@ func (s *store) retire() error {
 	return errors.Join(err, s.writing.Close())
 }
 
-// close waits for the readers. Nobody may start to read any more.
+// close waits for the readers. Nobody may start to read any more. The writer's
+// connection is the last, as the last one moves the log into the database: what
+// is left is one file.
 func (s *store) close() error {
 	s.reading.Wait()
-	err := s.retire()
+	var errs []error
 	for _, db := range []*sql.DB{s.tidying, s.readers} {
 		if db != nil {
-			err = errors.Join(err, db.Close())
+			errs = append(errs, db.Close())
 		}
 	}
-	return err
+	return errors.Join(append(errs, s.retire())...)
 }
 
 // sqliteCode is SQLite's primary result code, or 0.

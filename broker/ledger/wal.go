@@ -119,27 +119,30 @@ const (
 	longestTidyPause = 5 * time.Second
 )
 
-func (l *Ledger) tidied() bool {
-	s, _, err := l.borrow()
-	if err != nil {
-		return true
+func (l *Ledger) tidied() (all bool) {
+	tidy := func() error {
+		s, _, err := l.borrow()
+		if err != nil {
+			all = true
+			return nil
+		}
+		defer s.reading.Done()
+		if all, err = s.tidy(l.ctx); all {
+			s.frames.Store(0)
+		}
+		return err
 	}
-	defer s.reading.Done()
-	all, err := s.tidy(l.ctx)
+	// The store is given back in between: who reopens the ledger waits for that,
+	// and is not waited for.
+	err := tidy()
 	if err == nil {
 		// Commits may have come meanwhile. What they wrote is little, and moved
 		// while there are no more of them.
-		err = l.run(l.ctx, &update{alone: func() (err error) {
-			all, err = s.tidy(l.ctx)
-			return err
-		}})
+		err = l.run(l.ctx, &update{alone: tidy})
 	}
 	if err != nil && l.ctx.Err() == nil {
 		// Nothing is lost by it: the log grows, and a commit that needs to moves it.
 		l.o.Log.Warn("cannot move the ledger's log into its database yet", "err", err)
-	}
-	if all {
-		s.frames.Store(0)
 	}
 	return all
 }

@@ -47,3 +47,6 @@ func needTools(t *testing.T) {
 		t.Skipf("SKIP: NO BAD DISK and NO POWER CUT is tested: it takes root and FUSE: uid %d, %v", os.Getuid(), err)
 	}
 }
+
+// choices is the random source of a seed.
+func choices(seed uint64) *rand.Rand { return rand.New(rand.NewPCG(seed, 1)) } //nolint:gosec // to be replayed

@@ -176,7 +176,7 @@ func (c *cutter) live(r *rand.Rand) error {
 			return nil
 		})
 		c.unplug()
-		<-started
+		_ = <-started // that it did not start
 		return nil
 	case err = <-started:
 	}
@@ -201,7 +201,7 @@ func (c *cutter) loose(r *rand.Rand) {
 	defer cancel()
 	var clients sync.WaitGroup
 	for range 4 {
-		own := rand.New(rand.NewPCG(r.Uint64(), 0))
+		own := choices(r.Uint64())
 		clients.Go(func() { c.client(ctx, own) })
 	}
 	select {
@@ -278,7 +278,7 @@ func (c *cutter) forget(ctx context.Context, grants map[string]api.Grant) error 
 // outcomes, and returns what was wrong first.
 func powerCuts(t *testing.T, seed uint64, cuts int) error {
 	c := newCutter(t)
-	r := rand.New(rand.NewPCG(seed, 1))
+	r := choices(seed)
 	for cut := range cuts {
 		if err := c.live(r); err != nil {
 			return fmt.Errorf("after %d power cuts: %w", cut, err)

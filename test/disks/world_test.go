@@ -166,7 +166,7 @@ func (w *world) spelling(n int) string { return fmt.Sprintf("fs:ro:%s:/d%d", w.p
 // ask asks for a grant under a label of its own.
 func (w *world) ask(ctx context.Context, persist bool) (label string, g api.Grant, err error) {
 	n := w.labels.Add(1)
-	label = fmt.Sprintf("g%d", n)
+	label = fmt.Sprintf("grant-%04d", n)
 	g, err = w.Client.Grant(ctx, api.GrantRequest{
 		VM: w.vm.String(), Capability: w.spelling(int(n)), Label: label, Persist: persist, Wait: true,
 	})

@@ -407,7 +407,14 @@ func (f *front) ReleaseDir(in *fuse.ReleaseIn) {
 
 func (f *front) Flush(<-chan struct{}, *fuse.FlushIn) fuse.Status { return fuse.OK }
 
-func (f *front) Access(<-chan struct{}, *fuse.AccessIn) fuse.Status { return fuse.OK }
+func (f *front) Access(_ <-chan struct{}, in *fuse.AccessIn) fuse.Status {
+	return f.look(in.NodeId, func(*node) syscall.Errno {
+		if f.disk.readOnly && in.Mask&unix.W_OK != 0 {
+			return syscall.EROFS
+		}
+		return 0
+	})
+}
 
 func (f *front) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
 	f.disk.mu.Lock()
