@@ -17,6 +17,8 @@ STRETCH ?= 2
 RUN     ?=
 KEEP    ?=
 FUZZTIME ?= 20s
+# How often make disks cuts the power.
+CUTS    ?= 30
 
 PICK_VMM = vmm='$(VMM)'; \
 	if [ -z "$$vmm" ]; then \
@@ -42,10 +44,10 @@ ARMED_FLAGS = -armed-broker $(BIN)/armed/spectrum-broker -armed-shim $(BIN)/arme
 BROKER_FLAGS = -shim $(BIN)/spectrum-shim -broker $(BIN)/spectrum-broker -cap $(BIN)/spectrum-cap
 
 # Packages whose tests need no guest.
-UNIT = $$(go list ./... | grep -vE '/test/(e2e|contract|bench|demo|kill)$$')
+UNIT = $$(go list ./... | grep -vE '/test/(e2e|contract|bench|demo|kill|disks)$$')
 
 .NOTPARALLEL:
-.PHONY: help demo test setup build check generate vuln unit contract kills e2e soak bench plots fuzz docs clean
+.PHONY: help demo test setup build check generate vuln unit contract kills disks e2e soak bench plots fuzz docs clean
 
 help: ## show this list
 	@sed -nE 's/^([a-z0-9]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r t d; do printf '  make %-10s %s\n' "$$t" "$$d"; done
@@ -53,7 +55,7 @@ help: ## show this list
 demo: setup ## see a grant and its end on real guests (KEEP=1 leaves it running)
 	@$(PICK_VMM); exec $(ROOT) $(BIN)/demo $(if $(filter-out 0,$(KEEP)),-keep) $(GUEST_FLAGS) $(BROKER_FLAGS)
 
-test: setup check unit contract kills e2e ## everything: check, unit tests with -race, contract, 200 kills, e2e on real guests
+test: setup check unit contract kills disks e2e ## everything: check, unit tests with -race, contract, 200 kills, bad disks and power cuts, e2e on real guests
 
 setup: ## install and build what the other targets need, into the user's cache
 	@test/setup/setup
@@ -74,6 +76,17 @@ guests = CGO_ENABLED=0 go test -c -trimpath -o $(BIN)/$(1).test ./test/$(1); \
 
 contract: setup ## hold the VMM client against the VMM (VMM=path, RUN=pattern)
 	@$(call guests,contract,,12)
+
+# $(call disks,FLAGS,TIMEOUT) cuts the broker's power and spoils its disk.
+disks = $(ARMED); CGO_ENABLED=0 go test -c -trimpath -o $(BIN)/disks.test ./test/disks; \
+	allow=$$PWD/test/allowed-skips.txt; cd $(BIN); \
+	timeout -k 30 $(2)m $(BIN)/skips -v -allow "$$allow" -- go tool test2json -t -p spectrum-os.org/broker/test/disks \
+	  $(ROOT) $(BIN)/disks.test -test.v=test2json -test.timeout $(2)m -seed $(SEED) -cuts $(CUTS) \
+	  -broker $(BIN)/armed/spectrum-broker -shim $(BIN)/armed/spectrum-shim -virtiofsd $(CACHE)/crates/bin/virtiofsd \
+	  -stretch $(STRETCH) $(1)
+
+disks: setup ## cut the broker's power and spoil its disk (CUTS=n, SEED=s, RUN=pattern)
+	@$(call disks,$(if $(RUN),-test.run '$(RUN)'),60)
 
 e2e: setup ## the end-to-end suite on real guests (VMM=path, STRETCH=n, RUN=pattern)
 	@$(ARMED); $(call guests,e2e,$(BROKER_FLAGS) $(ARMED_FLAGS) -demo $(BIN)/demo,30)
