@@ -176,7 +176,9 @@ func (c *cutter) live(r *rand.Rand) error {
 			return nil
 		})
 		c.unplug()
-		_ = <-started // that it did not start
+		if err := <-started; err != nil {
+			c.t.Logf("without power: %v", err)
+		}
 		return nil
 	case err = <-started:
 	}
