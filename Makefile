@@ -107,6 +107,7 @@ kills: setup ## kill the broker and shims 200 times and compare with what was ac
 soak: setup ## kill the broker KILLS=10000 times, and GUEST_KILLS=30 with real guests (SEED=n, PART=n: again)
 	@$(call kills,-kills $(KILLS) -progress 30s,$(call minutes,$(KILLS),10))
 	@[ $(GUEST_KILLS) = 0 ] || { $(ARMED); $(call guests,e2e,$(BROKER_FLAGS) $(ARMED_FLAGS) -kill-times $(GUEST_KILLS) -kill-seed $(SEED),$(call minutes,$(GUEST_KILLS),1),^TestKills$$); }
+	@$(call disks,-test.run '^TestPowerCut$$' -cuts 2000,120)
 
 bench: setup ## print speed as ratios against probes in the same run, and write bench.json
 	@CGO_ENABLED=0 go build -trimpath -o $(BIN)/bench ./test/bench; \
