@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -211,16 +212,34 @@ type Staged struct {
 	key  *file
 }
 
-// Stage makes a new key. Whoever gets one calls Done.
+// Stage makes a new key. Whoever gets one calls Done. It fails while the ledger is
+// poisoned.
 func (r *Ring) Stage() (*Staged, error) {
 	r.mu.Lock()
-	var k *file
-	r.ledger.View(func(s *ledger.State) { k = newFile(s.LedgerID(), s.Epoch()) })
-	if err := stage(r.dir, k); err != nil {
+	k, err := r.stage()
+	if err != nil {
 		r.mu.Unlock()
 		return nil, err
 	}
 	return &Staged{r, k}, nil
+}
+
+// stage never puts a key in the place of one that is staged and that the ledger
+// has, or may turn out to have: that is the only copy of it.
+func (r *Ring) stage() (*file, error) {
+	if err := r.ledger.Poisoned(); err != nil {
+		return nil, fmt.Errorf("cannot make a signing key: %w: %w", ledger.ErrPoisoned, err)
+	}
+	kid, _ := r.current()
+	if next, err := readFile(filepath.Join(r.dir, nextName)); err == nil && next != nil && next.kid() == kid {
+		if err := promote(r.dir); err != nil {
+			return nil, err
+		}
+		r.use(next)
+	}
+	var k *file
+	r.ledger.View(func(s *ledger.State) { k = newFile(s.LedgerID(), s.Epoch()) })
+	return k, stage(r.dir, k)
 }
 
 // KID names the new key.

@@ -3,6 +3,7 @@ package keys
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"slices"
 	"strings"
@@ -14,6 +15,7 @@ import (
 
 	"spectrum-os.org/broker/broker/ledger"
 	"spectrum-os.org/broker/capabilities"
+	"spectrum-os.org/broker/clock"
 )
 
 func (w *world) revokeKey(kid string) {
@@ -341,4 +343,57 @@ func TestOfflineRotation(t *testing.T) {
 	if err := w.verify(r, token); err != nil {
 		t.Errorf("a token of the key before: %v", err)
 	}
+}
+
+// TestStagedKeyIsKept: whether the ledger has a key whose outcome is unknown is
+// only seen when it is read again. Until then its seed is in one file, and nobody
+// may put another there or take it away.
+func TestStagedKeyIsKept(t *testing.T) {
+	w := newWorld(t)
+	fail := false
+	l, err := ledger.Open(t.Context(), ledger.Options{Dir: w.dir, Kinds: testKinds, Clock: clock.System{}, Observe: func(ledger.Commit) {
+		if fail {
+			fail = false
+			panic("a mistake, after the commit")
+		}
+	}})
+	w.must(err)
+	w.ledger = l
+	r, err := Open(t.Context(), l, w.dir, testKinds, slog.New(slog.DiscardHandler))
+	w.must(err)
+	g := w.grant("/a")
+	old := w.mint(r, g)
+	staged, err := r.Stage()
+	w.must(err)
+	fail = true
+	func() {
+		defer func() { _ = recover() }()
+		_, _ = l.Update(t.Context(), func(tx *ledger.Tx) error { return staged.Append(tx, someone) })
+	}()
+	if l.Poisoned() == nil {
+		t.Fatal("the outcome is known")
+	}
+	w.must(staged.Done(ledger.ErrUnknownOutcome))
+	if again, err := r.Stage(); !errors.Is(err, ledger.ErrPoisoned) {
+		if err == nil {
+			w.must(again.Done(ledger.ErrPoisoned))
+		}
+		t.Errorf("another key while the ledger is poisoned: %v", err)
+	}
+	w.must(l.Reopen(t.Context()))
+	// Once more, and it is not recorded.
+	again, err := r.Stage()
+	w.must(err)
+	w.must(again.Done(ledger.ErrNotRecorded))
+	fresh := w.mint(r, g)
+	for _, token := range []capabilities.Token{old, fresh} {
+		if err := w.verify(r, token); err != nil {
+			t.Error(err)
+		}
+	}
+	if r.kid != staged.KID() {
+		t.Errorf("key %s signs, and the ledger has %s", r.kid, staged.KID())
+	}
+	w.stop()
+	w.start()
 }
