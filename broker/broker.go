@@ -47,6 +47,9 @@ type Broker struct {
 	inventory atomic.Pointer[inventory]
 	ready     atomic.Bool
 	strayed   atomic.Bool // the end of a run may be missing from the record
+	// adopted is closed when all VMs that run are known: one that is not yet is
+	// not one that has ended.
+	adopted chan struct{}
 
 	// ctx ends when the broker does; it is the lifetime of its goroutines.
 	ctx context.Context //nolint:containedctx // see above
@@ -90,7 +93,7 @@ func Run(ctx context.Context, o Options, w Wiring) (err error) {
 		kinds:   capabilities.NewKinds(w.Kinds...),
 		quotas:  quotas{perMinute: o.GuestRequests, burst: o.GuestBurst},
 		running: map[uuid.UUID]*unit{}, policyErrors: map[policy.EngineID]string{}, policyFiles: map[policy.EngineID][]string{}, labels: map[labelKey]bool{}, unrecorded: map[uuid.UUID]tombstone{},
-		barredKeys: map[string]keyTombstone{},
+		barredKeys: map[string]keyTombstone{}, adopted: make(chan struct{}),
 	}
 	b.inventory.Store(&inventory{})
 	defer func() {
@@ -135,6 +138,7 @@ func (b *Broker) open(ctx context.Context, w Wiring) error {
 		Meter: b.metrics.meter, Patience: b.o.stretched(5 * time.Second), ObserveTimeout: b.o.stretched(15 * time.Second),
 		ApplyTimeout:    b.o.stretched(90 * time.Second),
 		WithdrawTimeout: b.o.stretched(b.o.CutDeadline + 20*time.Second),
+		Begin:           b.adopted,
 	})
 	return nil
 }
@@ -191,6 +195,9 @@ func (b *Broker) takeOver(ctx context.Context) error {
 	if err := b.adopt(ctx); err != nil {
 		return err
 	}
+	// Guests call from the moment that their VM is adopted, and what they end may
+	// have heirs in VMs that were not yet.
+	close(b.adopted)
 	failpoint.Hit("start.adopted")
 	if err := b.endStale(ctx); err != nil {
 		return err

@@ -33,3 +33,23 @@ func TestAwaitCut(t *testing.T) {
 		t.Errorf("%v, and %d objects are left", err, g.p.count())
 	}
 }
+
+// Before it is known what exists nothing is said to be gone: a VM that is not
+// adopted yet looks like one that has ended.
+func TestNothingIsSaidBeforeTheWorldIsKnown(t *testing.T) {
+	g := newRig(t)
+	id := g.grant(nil)
+	g.await(id, ledger.Active)
+	g.r.Close()
+	begin := make(chan struct{})
+	o := g.r.o
+	o.Begin = begin
+	g.r = New(o)
+	g.revoke(id)
+	time.Sleep(200 * time.Millisecond)
+	if got := g.await(id, ledger.Revoking); g.p.count() != 1 {
+		t.Errorf("it is %s, and there are %d objects", got.State, g.p.count())
+	}
+	close(begin)
+	g.await(id, ledger.Revoked)
+}

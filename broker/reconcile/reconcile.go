@@ -39,6 +39,9 @@ type Options struct {
 	// Patience is how long an application may keep others of its VM and kind from
 	// beginning. Default 5 s.
 	Patience time.Duration
+	// Begin is closed once appliers can tell what exists: until then nothing is
+	// made, and of nothing is it said that it is gone. Nil: they can.
+	Begin <-chan struct{}
 }
 
 // Reconciler holds, for each VM that it was woken for and each kind, a pair of
@@ -213,6 +216,13 @@ func (r *Reconciler) lane(c corner, name string, wake <-chan struct{}, sweep tim
 		return
 	}
 	r.wg.Go(func() {
+		if r.o.Begin != nil {
+			select {
+			case <-r.o.Begin:
+			case <-r.ctx.Done():
+				return
+			}
+		}
 		pause := time.Duration(0)
 		wait := jittered(sweep, 8)
 		for {
