@@ -469,10 +469,9 @@ func (b *Broker) keepTime(ctx context.Context) {
 		}
 		now := b.o.Clock.Now()
 		wait, unmarked := look, false
+		var due map[uuid.UUID]struct{}
 		b.ledger.View(func(s *ledger.State) {
-			for vm := range s.DueHolders(now) {
-				b.reconciler.Wake(vm)
-			}
+			due = s.DueHolders(now)
 			// Every event is a mark; without leases none is needed.
 			if next, ok := s.NextDeadline(now); ok {
 				unmarked = s.Effective(now).Wall.Sub(s.HighWater()) > mark
@@ -481,6 +480,11 @@ func (b *Broker) keepTime(ctx context.Context) {
 				}
 			}
 		})
+		// Not within the view: who is woken may take b.mu, with which held others
+		// look at the ledger.
+		for vm := range due {
+			b.reconciler.Wake(vm)
+		}
 		if unmarked && time.Since(tried) > mark {
 			tried = time.Now()
 			_, err := b.ledger.Update(ctx, func(tx *ledger.Tx) error {

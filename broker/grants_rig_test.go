@@ -44,19 +44,26 @@ type things struct {
 	thinking func()
 	// stuck, where it is not nil, is what withdrawals wait for.
 	stuck chan struct{}
+	// stuckIn, where it is not nil, is the VM to which that is confined.
+	stuckIn uuid.UUID
+	// needs, where it is not nil, is a VM that the objects of all others need.
+	needs uuid.UUID
 	// fails is what becomes of an object that is to be made.
 	fails func(reconcile.Object) error
 }
 
 func (*things) Kind() string { return "fs" }
 
-func (*things) Objects(g ledger.Grant) []reconcile.Object {
+func (s *things) Objects(g ledger.Grant) []reconcile.Object {
 	o := reconcile.Object{
 		ID: "o-" + g.ID.String(), Kind: "fs", VM: g.Holder, Instance: g.Instance, Generation: g.Generation,
 		Deadline: g.Deadline, Capability: g.Capability, Label: g.Label,
 	}
 	if g.Persist {
 		o.Instance = ""
+	}
+	if s.needs != uuid.Nil && s.needs != g.Holder {
+		o.Needs = []uuid.UUID{s.needs}
 	}
 	return []reconcile.Object{o}
 }
@@ -93,6 +100,9 @@ func (s *things) Apply(_ context.Context, o reconcile.Object) (string, error) {
 func (s *things) Withdraw(ctx context.Context, o reconcile.Object) (string, error) {
 	s.mu.Lock()
 	stuck := s.stuck
+	if s.stuckIn != uuid.Nil && s.stuckIn != o.VM {
+		stuck = nil
+	}
 	s.mu.Unlock()
 	if stuck != nil {
 		select {

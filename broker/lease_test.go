@@ -9,6 +9,7 @@ import (
 
 	"spectrum-os.org/broker/broker/api"
 	"spectrum-os.org/broker/broker/ledger"
+	"spectrum-os.org/broker/broker/reconcile"
 	"spectrum-os.org/broker/clock"
 )
 
@@ -229,4 +230,34 @@ func TestExpiredWhileItIsWithdrawn(t *testing.T) {
 	}
 	close(stuck)
 	g.gone(lease.ID)
+}
+
+// Who is woken because a lease ends may look at the ledger, also while somebody
+// writes: the end of a lease must not hold up the commit that makes it one.
+func TestWakingHoldsUpNobody(t *testing.T) {
+	g, fake := leasing(t)
+	g.things.needs = mail1
+	ttl := int64(60)
+	lease := g.granted(mail1, "/docs", func(r *request) { r.ttl = &ttl })
+	g.granted(mail2, "/docs")
+	g.reconciler.Close()
+	g.reconciler = reconcile.New(reconcile.Options{
+		Appliers: []reconcile.Applier{g.things}, Ledger: g.ledger, Clock: fake, Sweep: 50 * time.Millisecond, Meter: g.metrics.meter,
+		Instances: func() map[uuid.UUID]string {
+			if g.o.Clock.Now().Wall.After(lease.Created.Add(time.Minute)) {
+				_, _ = g.ledger.Update(g.ctx, func(tx *ledger.Tx) error {
+					return tx.Append(ledger.Event{Type: ledger.ClockHighwater, Actor: brokerActor})
+				})
+			}
+			return g.usable()
+		},
+	})
+	for _, vm := range []uuid.UUID{mail1, mail2} {
+		if settled, err := g.reconciler.Settled(t.Context(), vm); err != nil || !settled {
+			t.Fatalf("settled: %v, %v", settled, err)
+		}
+	}
+	fake.Advance(2 * time.Minute)
+	g.wg.Go(func() { g.keepTime(g.ctx) })
+	g.awaitState(lease.ID, ledger.Revoked)
 }
