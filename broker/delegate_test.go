@@ -472,3 +472,30 @@ func TestDelegatorCannotFillAnotherVM(t *testing.T) {
 	}
 	g.granted(mail3, "/own")
 }
+
+// Who drops what it passed on is not told how long the other VM holds on, and does
+// not wait for that.
+func TestDropDoesNotWaitForAnotherVM(t *testing.T) {
+	g := newDelegating(t, allowsAll, allowsAll)
+	a := g.granted(mail1, "/docs")
+	b := g.passedOn(a, mail3, "/docs/b")
+	stuck := make(chan struct{})
+	g.things.mu.Lock()
+	g.things.stuck, g.things.stuckIn = stuck, mail3
+	g.things.mu.Unlock()
+	answer := make(chan *httptest.ResponseRecorder, 1)
+	go func() { answer <- g.calls(mail1, http.MethodDelete, "/v1/capabilities/"+a.ID.String(), nil) }()
+	select {
+	case w := <-answer:
+		if w.Code != http.StatusOK || !strings.Contains(w.Body.String(), `"revoked"`) {
+			t.Errorf("%d %s", w.Code, w.Body)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("it waits for the other VM")
+	}
+	if got := g.look(b.ID); got.State.Final() {
+		t.Errorf("what the other VM still has is %s", got.State)
+	}
+	close(stuck)
+	g.awaitState(b.ID, ledger.Revoked)
+}

@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"slices"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -149,12 +150,12 @@ func (s guestService) Drop(ctx context.Context, vm, id uuid.UUID, token string) 
 	if !ok || !mine {
 		return api.GuestGrant{}, api.Errorf(api.CodeNotFound, "the VM holds no capability %s, nor what it derives from", id)
 	}
-	reason, wait, view := "dropped by its holder", true, b.guestGrant
+	reason, view := "dropped by its holder", b.guestGrant
 	if g.Holder != vm {
-		// How long another VM holds on is not this one's to learn.
-		reason, wait, view = "taken back by VM "+vm.String()+", from whose grant it derives", false, b.delegatedGrant
+		reason, view = "taken back by VM "+vm.String()+", from whose grant it derives", b.delegatedGrant
 	}
-	result, err := b.revoke(ctx, ledger.Actor{Kind: ledger.ActorVM, VM: vm}, only(id), reason, wait)
+	began := time.Now()
+	_, err := b.revoke(ctx, ledger.Actor{Kind: ledger.ActorVM, VM: vm}, only(id), reason, false)
 	if api.CodeOf(err) == api.CodeUnavailable {
 		// What is wrong with the host's disk is none of its business.
 		return api.GuestGrant{}, api.Errorf(api.CodeUnavailable, "it is taken back, which cannot be recorded just now").WithCause(err)
@@ -162,10 +163,11 @@ func (s guestService) Drop(ctx context.Context, vm, id uuid.UUID, token string) 
 	if err != nil {
 		return api.GuestGrant{}, err
 	}
-	for _, g := range append(result.revoked, result.revoking...) {
-		if g.ID == id {
-			return view(g), nil
-		}
+	// It waits for what it held itself. How long another VM holds on, here or
+	// further down, is not this one's to learn.
+	g, err = b.await(ctx, id, func(now ledger.Grant) bool { return now.Holder != vm || now.State.Final() })
+	if err == nil && g.State.Final() {
+		b.metrics.cut(time.Since(began))
 	}
 	return view(g), nil
 }
