@@ -38,6 +38,7 @@ const (
 	dataNone    = 0
 	dataJSON    = 1
 	dataRequest = 2
+	dataCarried = 3
 )
 
 // And of a request's flags.
@@ -174,7 +175,7 @@ func decodeEvent(record []byte, e *entry) error {
 	}
 	switch e.dataKind = d.byte(); e.dataKind {
 	case dataNone:
-	case dataJSON, dataRequest:
+	case dataJSON, dataRequest, dataCarried:
 		if e.data = d.bytes(); len(e.data) == 0 {
 			d.fail = true
 		}
@@ -185,7 +186,7 @@ func decodeEvent(record []byte, e *entry) error {
 		return err
 	}
 	e.Time = time.Unix(0, nanos).UTC()
-	if (e.dataKind == dataRequest) != (e.Type == GrantRequested) {
+	if (e.dataKind == dataRequest) != (e.Type == GrantRequested) || (e.dataKind == dataCarried) != (e.Type == LedgerCarried) {
 		return fmt.Errorf("%w: %s with data of encoding %d", errRecord, e.Type, e.dataKind)
 	}
 	if e.dataKind == dataRequest {

@@ -18,6 +18,8 @@ type EventType string
 // The event types, with the ids they need and the shape of their Data.
 const (
 	LedgerCreated EventType = "ledger.created" // first event; CreatedData
+	LedgerRotated EventType = "ledger.rotated" // first event of a segment: what came before is in an archive; RotatedData
+	LedgerCarried EventType = "ledger.carried" // follow ledger.rotated: what is in force
 
 	GrantRequested EventType = "grant.requested" // Grant, VM (holder), Partition (holder's; nil: built-in); GrantRecord
 	GrantDenied    EventType = "grant.denied"    // a decision only, no grant comes of it

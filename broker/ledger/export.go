@@ -164,7 +164,7 @@ func (c *chain) exported(ctx context.Context, lines *bufio.Scanner, head []byte)
 			return fmt.Errorf("%w: its line %d is neither event %d nor its end", ErrNotExport, c.events+2, seq)
 		}
 		if c.events == 0 {
-			if kind := typeOf(line.Record); kind == LedgerCreated {
+			if kind := typeOf(line.Record); kind == LedgerCreated || kind == LedgerRotated {
 				c.folder, c.layer = &folder{newInterner()}, newLayer(nil)
 			}
 		}

@@ -45,12 +45,20 @@ func (f *folder) step(l *layer, e *entry) error {
 			return fmt.Errorf("%w: %s without a %s", ErrInvalidEvent, e.Type, need.what)
 		}
 	}
-	if (e.Type == LedgerCreated) != (l.meta.epoch == 0) {
+	if (e.Type == LedgerCreated || e.Type == LedgerRotated) != (l.meta.epoch == 0) {
 		return fmt.Errorf("%w: %s where the ledger is in epoch %d", ErrIllegalMove, e.Type, l.meta.epoch)
+	}
+	if (e.Type == LedgerCarried) != (l.meta.carrying > 0) {
+		return fmt.Errorf("%w: %s where %d events of carried state are to come", ErrIllegalMove, e.Type, l.meta.carrying)
 	}
 	switch e.Type {
 	case LedgerCreated:
 		return f.created(l, e)
+	case LedgerRotated:
+		return f.rotated(l, e)
+	case LedgerCarried:
+		l.meta.carrying--
+		return f.carried(l, e)
 	case GrantRequested:
 		return f.requested(l, e)
 	case GrantActive, GrantFailed, GrantRevoking, GrantRevoked, GrantDegraded:
@@ -104,6 +112,7 @@ func (f *folder) created(l *layer, e *entry) error {
 		return fmt.Errorf("%w: a ledger without an id or an epoch", ErrInvalidEvent)
 	}
 	l.meta.ledger, l.meta.epoch = d.Ledger, d.Epoch
+	l.meta.segment = segment{first: e.Seq}
 	return nil
 }
 

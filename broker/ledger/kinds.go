@@ -15,6 +15,8 @@ func buildEventKinds() map[string]*eventKind {
 	m := make(map[string]*eventKind)
 	for _, k := range []eventKind{
 		{name: LedgerCreated},
+		{name: LedgerRotated},
+		{name: LedgerCarried},
 		{name: GrantRequested, grant: true, vm: true},
 		{name: GrantDenied},
 		{name: GrantActive, grant: true},

@@ -214,6 +214,10 @@ type meta struct {
 	// event that did so last.
 	keys    []signingKey
 	keysSeq uint64
+	// segment is what the log in the file begins with, and carrying how many events
+	// of carried state are still to come.
+	segment  segment
+	carrying int
 }
 
 // layer is the state, or a change to the layer below it that can be merged

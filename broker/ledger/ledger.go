@@ -47,6 +47,8 @@ type Ledger struct {
 	wrote  chan struct{} // tells tidy that the log may be long
 	marks  chan struct{} // tells keepMarks that a mark is due
 
+	rotating sync.Mutex // held while an archive is made
+
 	mu       sync.RWMutex // guards what follows
 	store    *store
 	root     *layer

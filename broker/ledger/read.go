@@ -64,36 +64,96 @@ type Page struct {
 	Records [][]byte // the event's as it is hashed, where asked for
 	Next    uint64   // the cursor for the page behind this one
 	More    bool     // there are events behind Next
+	Gap     *Gap     // events behind the cursor that are not in the ledger any more
+}
+
+// Gap are events that are in archives.
+type Gap struct {
+	First, Last uint64
+	Archives    []ArchiveName // those that are there and hold some of them, oldest first
+	Missing     bool          // some of them are in no archive that is there
+	Rotated     time.Time     // when the last of them went there
 }
 
 var errPageFull = errors.New("the page is full")
 
 // Read returns committed events. Each is checked against its hash and against the
-// event before it: what is not as it was loaded ends all writing. It fails with
-// ErrBeyondHead where the cursor is behind the newest event: it is another
-// ledger's.
+// event before it: what is not as it was loaded ends all writing. Where the cursor
+// is before the first event that is still in the ledger, the page says so, and goes
+// on with that one. It fails with ErrBeyondHead where the cursor is behind the
+// newest event: it is another ledger's.
 func (l *Ledger) Read(ctx context.Context, r Reading) (Page, error) {
-	newest := l.head()
-	s, head, err := l.borrow()
+	for {
+		newest := l.head()
+		s, seg, err := l.borrowSegment()
+		if err != nil {
+			return Page{}, err
+		}
+		p, err := l.readSegment(ctx, s, seg, newest, r)
+		s.reading.Done()
+		if err != nil && ctx.Err() == nil && l.rotatedSince(seg) {
+			continue // under this reader
+		}
+		return p, l.noticed(err)
+	}
+}
+
+// rotatedSince tells whether the segment is not the one that is written any more,
+// once a rotation that is under way has ended.
+func (l *Ledger) rotatedSince(seg Segment) bool {
+	l.rotating.Lock()
+	defer l.rotating.Unlock()
+	return l.Segment().First != seg.First
+}
+
+func (l *Ledger) readSegment(ctx context.Context, s *store, seg Segment, newest Anchor, r Reading) (Page, error) {
+	if r.After > seg.Last {
+		return Page{}, fmt.Errorf("%w: it ends at event %d, and the cursor is %d", ErrBeyondHead, seg.Last, r.After)
+	}
+	gap, err := l.gap(seg, r)
 	if err != nil {
 		return Page{}, err
 	}
-	defer s.reading.Done()
-	if r.After > head {
-		return Page{}, fmt.Errorf("%w: it ends at event %d, and the cursor is %d", ErrBeyondHead, head, r.After)
+	r.After = max(r.After, seg.First-1)
+	link := links{from: r.After, newest: newest}
+	if before := seg.Archive; r.After == before.Last {
+		link.prev, link.known = before.LastHash, before.Archive != ""
 	}
-	p, err := s.page(ctx, r, head, newest)
-	return p, l.noticed(err)
+	p, err := s.page(ctx, r, seg.Last, link)
+	p.Gap = gap
+	return p, err
 }
 
-// page reads events up to head, of which newest is one.
-func (s *store) page(ctx context.Context, r Reading, head uint64, newest Anchor) (Page, error) {
+// gap is what a reader asks for and is in archives, or nil.
+func (l *Ledger) gap(seg Segment, r Reading) (*Gap, error) {
+	if r.After+1 >= seg.First || !r.Filter.Since.IsZero() && !r.Filter.Since.Before(seg.Began) {
+		return nil, nil //nolint:nilnil // there is none
+	}
+	g := &Gap{First: r.After + 1, Last: seg.First - 1, Rotated: seg.Began}
+	all, err := Archives(l.o.Dir)
+	if err != nil {
+		return nil, err
+	}
+	next := g.First
+	for _, a := range all {
+		if a.Last >= g.First && a.First <= g.Last {
+			g.Archives = append(g.Archives, a)
+			if a.First <= next {
+				next = max(next, a.Last+1)
+			}
+		}
+	}
+	g.Missing = next <= g.Last
+	return g, nil
+}
+
+// page reads events up to head, which follow link.
+func (s *store) page(ctx context.Context, r Reading, head uint64, link links) (Page, error) {
 	p := Page{Next: r.After}
 	if r.After >= head {
 		return p, nil
 	}
 	bytes, looked := 0, 0
-	link := links{from: r.After, newest: newest}
 	err := s.each(ctx, int64(r.After), func(row int64, body, stored []byte) error {
 		seq := uint64(row)
 		if seq == r.After {

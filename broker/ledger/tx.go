@@ -164,6 +164,12 @@ func (e *entry) public(hash Hash) (Event, error) {
 			return Event{}, fmt.Errorf("%w: its data is not JSON", errRecord)
 		}
 		out.Data = append([]byte(nil), e.data...)
+	case dataCarried:
+		data, err := summary(e.data)
+		if err != nil {
+			return Event{}, err
+		}
+		out.Data = data
 	case dataRequest:
 		data, err := e.req.json()
 		if err != nil {

@@ -81,7 +81,12 @@ func (w *writer) close() error {
 // write stores records in one transaction, durably when it returns. begun
 // tells whether the commit was tried, so that a failure may have written them,
 // or that the connection is of no more use. Only who leads the writing calls it.
-func (s *store) write(records []record) (begun bool, err error) {
+func (s *store) write(records []record) (begun bool, err error) { return s.transact(records, false) }
+
+// rewrite is write, with all events that were there taken out.
+func (s *store) rewrite(records []record) (begun bool, err error) { return s.transact(records, true) }
+
+func (s *store) transact(records []record, instead bool) (begun bool, err error) {
 	// Not the caller's context: a commit is not half cancelled.
 	ctx := context.Background()
 	if s.writer == nil {
@@ -90,14 +95,26 @@ func (s *store) write(records []record) (begun bool, err error) {
 		}
 	}
 	w := s.writer
-	err = w.conn.Raw(func(any) (err error) {
-		begun, err = w.write(ctx, records)
+	err = w.conn.Raw(func(c any) (err error) {
+		clear := func() error { return nil }
+		if instead {
+			empty, err := c.(driver.ConnPrepareContext).PrepareContext(ctx, "DELETE FROM events")
+			if err != nil {
+				return err
+			}
+			defer empty.Close()
+			clear = func() error {
+				_, err := empty.(statement).ExecContext(ctx, nil)
+				return err
+			}
+		}
+		begun, err = w.write(ctx, records, clear)
 		return err
 	})
 	return begun, err
 }
 
-func (w *writer) write(ctx context.Context, records []record) (begun bool, err error) {
+func (w *writer) write(ctx context.Context, records []record, clear func() error) (begun bool, err error) {
 	failpoint.Hit("ledger.begin.before")
 	if _, err := w.begin.ExecContext(ctx, nil); err != nil {
 		// A plain error is of a connection that is still in an earlier
@@ -105,6 +122,10 @@ func (w *writer) write(ctx context.Context, records []record) (begun bool, err e
 		return sqliteCode(err) == sqlite3.SQLITE_ERROR, err
 	}
 	failpoint.Hit("ledger.begin.after")
+	if err := clear(); err != nil {
+		_, _ = w.rollback.ExecContext(ctx, nil)
+		return false, err
+	}
 	for rest := records; len(rest) > 0; {
 		insert, n := w.insert, 1
 		if len(rest) >= insertedAtOnce {
