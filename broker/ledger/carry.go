@@ -188,24 +188,37 @@ func (c *carrier) own(v *uuid.UUID) {
 	c.d.id(v, true)
 }
 
-// grant is a node, its parent by id, without what links it to others.
-func (c *carrier) grant(n *node, a *about, o *note, parent *uuid.UUID, capability *string, resource *uuid.UUID, hasOwner *bool) {
-	c.own(&n.id)
-	c.shared(parent)
-	c.text(&n.label)
-	c.number(&n.seq)
-	c.signed(&n.created)
-	c.signed(&n.wall)
-	c.signed(&n.boot)
-	generation, state := uint64(n.generation), uint64(n.state)
+// carriedGrant is all that is known of a grant, its parent by id, without what
+// links it to others in memory.
+type carriedGrant struct {
+	node
+	about      about
+	note       note
+	usage      usage
+	parent     uuid.UUID
+	capability string
+	resource   uuid.UUID
+	hasOwner   bool
+}
+
+func (c *carrier) grant(g *carriedGrant) {
+	c.own(&g.id)
+	c.shared(&g.parent)
+	c.text(&g.label)
+	c.number(&g.seq)
+	c.signed(&g.created)
+	c.signed(&g.wall)
+	c.signed(&g.boot)
+	generation, state := uint64(g.generation), uint64(g.state)
 	c.small(&generation, math.MaxUint32)
 	c.small(&state, uint64(len(stateNames)-1))
-	n.generation, n.state = uint32(generation), uint8(state)
+	g.generation, g.state = uint32(generation), uint8(state)
 
-	c.document(capability)
-	c.shared(resource)
-	c.flag(hasOwner)
+	c.document(&g.capability)
+	c.shared(&g.resource)
+	c.flag(&g.hasOwner)
 
+	a := &g.about
 	c.shared(&a.holder)
 	c.shared(&a.partition)
 	c.text(&a.instance)
@@ -223,11 +236,17 @@ func (c *carrier) grant(n *node, a *about, o *note, parent *uuid.UUID, capabilit
 	c.limit(&a.maxUses)
 	c.document(&a.decision)
 
+	o := &g.note
 	c.text(&o.reason)
 	c.text(&o.degraded)
 	c.text(&o.instance)
 	c.signed(&o.renewed)
 	c.signed(&o.revoking)
+
+	uses := uint64(g.usage.count)
+	c.small(&uses, math.MaxUint32)
+	g.usage.count = uint32(uses)
+	c.text(&g.usage.run)
 }
 
 func (c *carrier) vm(id *uuid.UUID, v *vmInfo) {
@@ -301,17 +320,18 @@ func (l *layer) carried() [][]byte {
 	w := &carrying{}
 	w.begin(carriedGrants)
 	for _, i := range l.inForce() {
-		n := *l.get(i)
-		a, o, parent := *n.about, note{}, uuid.Nil
+		n := l.get(i)
+		g := carriedGrant{
+			node: *n, about: *n.about, usage: l.usage(i),
+			capability: n.capability.json, resource: n.capability.resource, hasOwner: n.capability.hasOwner,
+		}
 		if n.note != nil {
-			o = *n.note
+			g.note = *n.note
 		}
 		if n.parent != none {
-			parent = l.get(n.parent).id
+			g.parent = l.get(n.parent).id
 		}
-		w.item(func(c *carrier) {
-			c.grant(&n, &a, &o, &parent, &n.capability.json, &n.capability.resource, &n.capability.hasOwner)
-		})
+		w.item(func(c *carrier) { c.grant(&g) })
 	}
 	w.begin(carriedVMs)
 	for _, id := range sortedKeys(l.vms, compareIDs) {
@@ -401,40 +421,41 @@ func (f *folder) carried(l *layer, e *entry) error {
 }
 
 func (f *folder) carriedGrant(l *layer, c *carrier) error {
-	n := node{parent: none, firstChild: none, nextSibling: none, nextHeld: none}
-	var a about
-	var o note
-	var parent, resource uuid.UUID
-	var capability string
-	var hasOwner bool
-	c.grant(&n, &a, &o, &parent, &capability, &resource, &hasOwner)
+	var g carriedGrant
+	c.grant(&g)
 	if c.d.fail {
 		return c.d.end()
 	}
-	if _, exists := l.find(n.id); exists || n.state == 0 || n.generation == 0 || a.holder == uuid.Nil || capability == "" {
+	n := g.node
+	n.parent, n.firstChild, n.nextSibling, n.nextHeld = none, none, none, none
+	if _, exists := l.find(n.id); exists || n.state == 0 || n.generation == 0 || g.about.holder == uuid.Nil || g.capability == "" {
 		return fmt.Errorf("%w: grant %s is carried twice, or has no state, holder or capability", ErrIllegalMove, n.id)
 	}
-	if parent != uuid.Nil {
-		p, ok := l.find(parent)
+	if g.parent != uuid.Nil {
+		p, ok := l.find(g.parent)
 		if !ok {
-			return fmt.Errorf("%w: grant %s derives from %s, which is not carried", ErrIllegalMove, n.id, parent)
+			return fmt.Errorf("%w: grant %s derives from %s, which is not carried", ErrIllegalMove, n.id, g.parent)
 		}
 		n.parent, n.depth = p, l.get(p).depth+1
 	}
-	stored, ok := f.in.capabilities[capability]
+	stored, ok := f.in.capabilities[g.capability]
 	if !ok {
-		stored = f.in.capability(&request{capability: []byte(capability), resource: resource, hasResource: hasOwner})
+		stored = f.in.capability(&request{capability: []byte(g.capability), resource: g.resource, hasResource: g.hasOwner})
 	}
-	if stored.resource != resource || stored.hasOwner != hasOwner {
+	if stored.resource != g.resource || stored.hasOwner != g.hasOwner {
 		return fmt.Errorf("%w: grant %s has another's resource", ErrIllegalMove, n.id)
 	}
-	n.capability, n.about = stored, f.in.shared(a)
-	if o != (note{}) {
+	n.capability, n.about = stored, f.in.shared(g.about)
+	if o := g.note; o != (note{}) {
 		n.note = &o
 	}
+	i := l.len()
 	l.add(n)
+	if g.usage != (usage{}) {
+		setKey(&l.used, i, g.usage)
+	}
 	if n.stateName().Final() {
-		setKey(&l.ended, a.holder, struct{}{})
+		setKey(&l.ended, g.about.holder, struct{}{})
 	}
 	return nil
 }
