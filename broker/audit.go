@@ -5,9 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -39,6 +41,9 @@ func (b *Broker) Events(ctx context.Context, q api.EventQuery) (api.EventList, e
 		return api.EventList{}, err
 	}
 	out := api.EventList{Next: page.Next, More: page.More}
+	if page.Gap != nil {
+		out.Events = append(out.Events, gapEvent(page.Gap))
+	}
 	for i, e := range page.Events {
 		o := apiEvent(e)
 		if q.Records {
@@ -47,6 +52,101 @@ func (b *Broker) Events(ctx context.Context, q api.EventQuery) (api.EventList, e
 		out.Events = append(out.Events, o)
 	}
 	return out, nil
+}
+
+// gapEvent stands for the events that a reader asked for and that are in archives.
+func gapEvent(g *ledger.Gap) api.Event {
+	data := api.Gap{First: g.First, Last: g.Last, Archives: apiArchives(g.Archives)}
+	var names []string
+	for _, a := range g.Archives {
+		names = append(names, ledger.ArchiveDir+"/"+a.Name)
+	}
+	data.Reason = fmt.Sprintf("events %d to %d are not in the ledger any more", g.First, g.Last)
+	if len(names) > 0 {
+		data.Reason += "; they are in " + strings.Join(names, ", ")
+	}
+	switch {
+	case len(names) == 0:
+		data.Reason += ", and their archive is not there"
+	case g.Missing:
+		data.Reason += ", and some are in archives that are not there"
+	}
+	return api.Event{Seq: g.Last, Time: g.Rotated, Type: api.GapType, Actor: api.Actor{Kind: ledger.ActorBroker}, Data: ledger.JSON(data)}
+}
+
+func apiArchives(all []ledger.ArchiveName) []api.Archive {
+	out := []api.Archive{}
+	for _, a := range all {
+		out = append(out, api.Archive{Name: a.Name, First: a.First, Last: a.Last})
+	}
+	return out
+}
+
+// RotateAudit implements api.Service.
+func (b *Broker) RotateAudit(ctx context.Context, by api.Caller) (api.Rotation, error) {
+	// What was begun is finished, whether somebody still waits for it or not.
+	r, err := b.rotate(context.WithoutCancel(ctx), actorOf(by))
+	switch {
+	case errors.Is(err, ledger.ErrRotating), errors.Is(err, ledger.ErrNothingToRotate):
+		return api.Rotation{}, api.Errorf(api.CodeConflict, "%w", err)
+	case errors.Is(err, ledger.ErrUnknownOutcome):
+		return api.Rotation{}, unrecorded("whether the audit was rotated is known when it was read again", err)
+	case err != nil:
+		return api.Rotation{}, api.Errorf(api.CodeUnavailable, "the audit was not rotated, and is as it was: %v", err).WithCause(err)
+	}
+	return api.Rotation{
+		Archive: api.Archive{Name: r.Archive.Name, First: r.Archive.First, Last: r.Archive.Last},
+		Path:    filepath.Join(b.o.StateDir, ledger.ArchiveDir, r.Archive.Name), Bytes: r.Bytes,
+		First: r.Archive.Last + 1, Grants: r.Grants, BlockedSeconds: r.Blocked.Seconds(),
+	}, nil
+}
+
+func (b *Broker) rotate(ctx context.Context, by ledger.Actor) (ledger.Rotation, error) {
+	r, err := b.ledger.Rotate(ctx, by)
+	if err == nil {
+		b.log.Info("the audit was rotated", "archive", r.Archive.Name, "events", r.Archive.Last-r.Archive.First+1, "grants", r.Grants, "blocked", r.Blocked)
+	}
+	return r, err
+}
+
+// noGrant is the error for a grant that is not in the ledger: it may be in an
+// archive.
+func (b *Broker) noGrant(ref string) error {
+	if b.ledger.Segment().Archive.Archive != "" {
+		a, found, err := ledger.Archived(b.ctx, b.o.StateDir, ref)
+		if err != nil {
+			b.log.Warn("cannot look for a grant in the archives", "err", err)
+		}
+		if found {
+			return api.Errorf(api.CodeNotFound, "grant %s ended long ago and is in an archive; `spectrum-cap audit --archive %s --grant %s` shows what is on record of it",
+				ref, filepath.Join(b.o.StateDir, ledger.ArchiveDir, a.Name), ref)
+		}
+	}
+	return api.Errorf(api.CodeNotFound, "there is no grant %q (an id, or its first %d digits or more)", ref, minPrefix)
+}
+
+// keepAudit rotates the audit when as many events were recorded as it is to hold.
+func (b *Broker) keepAudit(ctx context.Context) {
+	wake := b.ledger.Subscribe(ctx)
+	for {
+		var again <-chan time.Time
+		if seg := b.ledger.Segment(); seg.Recorded() >= uint64(b.o.RotateAuditAt) {
+			if _, err := b.rotate(ctx, brokerActor); err != nil && ctx.Err() == nil && !errors.Is(err, ledger.ErrRotating) {
+				b.log.Error("cannot rotate the audit; trying again in a minute", "err", err)
+				again = time.After(time.Minute)
+			}
+		}
+		for waiting := true; waiting; {
+			select {
+			case <-ctx.Done():
+				return
+			case <-again:
+				waiting = false
+			case <-wake:
+				waiting = again != nil
+			}
+		}
+	}
 }
 
 // eventFilter resolves what a query names.
@@ -171,6 +271,9 @@ func (b *Broker) VerifyAudit(ctx context.Context, q api.VerifyQuery) (api.AuditR
 // auditReport is a report of the ledger as it is shown.
 func auditReport(r ledger.VerifyReport) api.AuditReport {
 	out := api.AuditReport{Events: r.Events, First: r.First, Last: r.Last, Head: r.Head.String(), Anchors: r.Anchors}
+	for _, a := range r.Archives {
+		out.Archives = append(out.Archives, api.Archive{Name: a.Name, First: a.First, Last: a.Last, Missing: a.Missing})
+	}
 	if b := r.Broken; b != nil {
 		out.Broken = &api.BrokenChain{Seq: b.Seq, Problem: strings.TrimSuffix(b.Problem+": "+b.Detail, ": ")}
 	}

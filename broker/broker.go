@@ -432,6 +432,9 @@ func (b *Broker) serve(ctx context.Context) error {
 		return err
 	}
 	b.wg.Go(func() { b.keepTime(ctx) })
+	if b.o.RotateAuditAt > 0 {
+		b.wg.Go(func() { b.keepAudit(ctx) })
+	}
 	b.ready.Store(true)
 	failpoint.Hit("ready.after")
 	b.log.Info("ready", "socket", b.o.Socket, "vms", len(b.units()))

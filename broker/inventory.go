@@ -253,7 +253,7 @@ func (b *Broker) resolveGrant(ref string) (ledger.Grant, error) {
 	}
 	switch len(fits) {
 	case 0:
-		return ledger.Grant{}, api.Errorf(api.CodeNotFound, "there is no grant %q (an id, or its first %d digits or more)", ref, minPrefix)
+		return ledger.Grant{}, b.noGrant(ref)
 	case 1:
 		return fits[0], nil
 	}

@@ -49,6 +49,9 @@ type Options struct {
 	// GuestRequests is how many requests a minute one VM may put on record, for as
 	// long as it likes, and GuestBurst how many at once. Default 12 and 120.
 	GuestRequests, GuestBurst int
+	// RotateAuditAt is at how many events the audit is rotated by itself. Zero:
+	// never.
+	RotateAuditAt int
 	// Stretch multiplies every timeout that waits for a guest or a worker, the
 	// cut deadline among them, for machines without hardware virtualisation.
 	// It never stretches a lease. Default 1.

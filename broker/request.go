@@ -447,9 +447,20 @@ func (b *Broker) await(ctx context.Context, id uuid.UUID, done func(ledger.Grant
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	wake := b.ledger.Subscribe(ctx)
+	var g ledger.Grant
 	for {
-		var g ledger.Grant
-		b.ledger.View(func(s *ledger.State) { g, _ = s.Grant(id) })
+		there := false
+		b.ledger.View(func(s *ledger.State) {
+			var now ledger.Grant
+			if now, there = s.Grant(id); there {
+				g = now
+			}
+		})
+		if !there {
+			// It is in an archive, and only what has ended for good goes there.
+			g.ID, g.State = id, ledger.Revoked
+			return g, nil
+		}
 		if done(g) {
 			return g, nil
 		}

@@ -322,6 +322,11 @@ func (c *Client) VerifyAudit(ctx context.Context, q VerifyQuery) (AuditReport, e
 	return call[AuditReport](ctx, c, http.MethodGet, "/v1/audit/verify", q.values(), nil)
 }
 
+// RotateAudit puts all events of the log into an archive.
+func (c *Client) RotateAudit(ctx context.Context) (Rotation, error) {
+	return call[Rotation](ctx, c, http.MethodPost, "/v1/audit/rotate", nil, nil)
+}
+
 // Events streams events after q.After; with follow it goes on with those that
 // come until ctx is done, the broker stops, or the reader is too slow. An
 // error is the last thing yielded; resume with After set to the last Seq.

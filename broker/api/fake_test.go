@@ -435,6 +435,16 @@ func (f *fake) VerifyAudit(_ context.Context, q api.VerifyQuery) (api.AuditRepor
 	}, err
 }
 
+func (f *fake) RotateAudit(_ context.Context, by api.Caller) (api.Rotation, error) {
+	err := f.enter("RotateAudit")
+	defer f.mu.Unlock()
+	f.by = append(f.by, by)
+	return api.Rotation{
+		Archive: api.Archive{Name: "ledger-1-3-00000000.db", First: 1, Last: 3}, Path: "/state/archive/ledger-1-3-00000000.db",
+		Bytes: 4096, First: 4, Grants: 2, BlockedSeconds: 0.5,
+	}, err
+}
+
 // guestFake is the same broker seen by guests.
 type guestFake struct{ *fake }
 

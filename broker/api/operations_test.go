@@ -42,6 +42,7 @@ func TestEveryOperationIsTried(t *testing.T) {
 	try(c.Plan(ctx, "x"))
 	try(c.Audit(ctx, api.EventQuery{}))
 	try(c.VerifyAudit(ctx, api.VerifyQuery{}))
+	try(c.RotateAudit(ctx))
 	for _, err := range c.Events(ctx, api.EventQuery{}, false) {
 		try(nil, err)
 	}

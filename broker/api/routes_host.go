@@ -47,6 +47,7 @@ func (h *HostHandler) table() []route {
 		{method: get, path: "/v1/events", rule: RulePerson, query: append([]string{"follow"}, eventParams...), handle: h.events},
 		{method: get, path: "/v1/audit", rule: RulePerson, query: append([]string{"records"}, eventParams...), handle: h.audit},
 		{method: get, path: "/v1/audit/verify", rule: RulePerson, query: []string{"anchor", "from_anchor"}, handle: h.verifyAudit},
+		{method: post, path: "/v1/audit/rotate", rule: RulePersonRecorded, handle: h.rotateAudit},
 	}
 }
 
@@ -193,6 +194,10 @@ func (h *HostHandler) verifyAudit(x *exchange) (reply, error) {
 		return reply{}, err
 	}
 	return okUnless(h.svc.VerifyAudit(x.r.Context(), q))
+}
+
+func (h *HostHandler) rotateAudit(x *exchange) (reply, error) {
+	return okUnless(h.svc.RotateAudit(x.r.Context(), x.caller))
 }
 
 func okUnless[T any](body T, err error) (reply, error) {

@@ -73,6 +73,7 @@ type Service interface {
 	// until ctx is done. Take it before reading, so that none is missed.
 	EventsWake(ctx context.Context) <-chan struct{}
 	VerifyAudit(ctx context.Context, q VerifyQuery) (AuditReport, error)
+	RotateAudit(ctx context.Context, by Caller) (Rotation, error)
 }
 
 // GuestService is what the guest API serves. vm is the VM whose socket the

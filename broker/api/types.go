@@ -407,14 +407,47 @@ type VerifyQuery struct {
 	FromAnchor bool
 }
 
+// Archive is a file with the events that were in the ledger before it was rotated.
+type Archive struct {
+	Name    string `json:"name"` // in the directory "archive" of the state directory
+	First   uint64 `json:"first"`
+	Last    uint64 `json:"last"`
+	Missing bool   `json:"missing,omitempty"` // it is not there
+}
+
+// Rotation is what came of putting the ledger's events into an archive.
+type Rotation struct {
+	Archive Archive `json:"archive"`
+	Path    string  `json:"path"`   // of the archive's file
+	Bytes   int64   `json:"bytes"`  // of the archive
+	First   uint64  `json:"first"`  // event of the ledger now
+	Grants  int     `json:"grants"` // that were carried over
+	// BlockedSeconds is for how long nothing else could be recorded.
+	BlockedSeconds float64 `json:"blocked_seconds"`
+}
+
+// GapType is the type of what stands in a list or stream of events for those
+// that are in archives. It is no event of the ledger.
+const GapType = "ledger.gap"
+
+// Gap is the data of what stands for events that are not in the ledger any more.
+type Gap struct {
+	Reason   string    `json:"reason"` // in words
+	First    uint64    `json:"first"`
+	Last     uint64    `json:"last"`
+	Archives []Archive `json:"archives"` // those that are there and hold some of them
+}
+
 // AuditReport is the result of verifying the chain.
 type AuditReport struct {
-	Events  int          `json:"events"`            // that are whole
-	First   uint64       `json:"first"`             // of them
-	Last    uint64       `json:"last"`              // of them
-	Head    string       `json:"head"`              // hash of the last one, hex
-	Anchors int          `json:"anchors,omitempty"` // that are part of the chain
-	Broken  *BrokenChain `json:"broken,omitempty"`
+	Events  int    `json:"events"`            // that are whole
+	First   uint64 `json:"first"`             // of them
+	Last    uint64 `json:"last"`              // of them
+	Head    string `json:"head"`              // hash of the last one, hex
+	Anchors int    `json:"anchors,omitempty"` // that are part of the chain
+	// Archives are those that the chain goes through, the newest first.
+	Archives []Archive    `json:"archives,omitempty"`
+	Broken   *BrokenChain `json:"broken,omitempty"`
 }
 
 // BrokenChain names the first link that does not hold.

@@ -67,9 +67,18 @@ func (l *Ledger) borrowSegment() (*store, Segment, error) {
 	return l.store, l.root.segment(), nil
 }
 
+// Recorded is how many events it has beyond those that it began with.
+func (s Segment) Recorded() uint64 {
+	began := uint64(1)
+	if s.Archive.Archive != "" {
+		began += uint64(s.Archive.Carried)
+	}
+	return s.Last - s.First + 1 - began
+}
+
 // untouched tells whether it has nothing but what it began with.
 func (s Segment) untouched() bool {
-	return s.Archive.Archive != "" && s.Last == s.First+uint64(s.Archive.Carried)
+	return s.Archive.Archive != "" && s.Recorded() == 0
 }
 
 func (f *folder) rotated(l *layer, e *entry) error {

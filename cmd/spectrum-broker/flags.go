@@ -58,8 +58,10 @@ type flags struct {
 const (
 	maxSegments = 8
 	maxCount    = 1_000_000
-	maxWait     = 24 * time.Hour
-	maxStretch  = 1000
+	// What is in force is carried over at each rotation.
+	leastRotation = 1000
+	maxWait       = 24 * time.Hour
+	maxStretch    = 1000
 )
 
 func register(f *pflag.FlagSet, o *broker.Options, v *flags) {
@@ -81,6 +83,7 @@ func register(f *pflag.FlagSet, o *broker.Options, v *flags) {
 	f.IntVar(&o.MaxGrants, "max-grants", 256, "live grants that one VM may hold")
 	f.IntVar(&o.GuestRequests, "guest-requests", 12, "requests a minute that one VM may make for as long as it likes")
 	f.IntVar(&o.GuestBurst, "guest-burst", 120, "requests that one VM may make at once")
+	f.IntVar(&o.RotateAuditAt, "rotate-audit-at", 0, "put the audit's events into an archive when there are so many; 0: only when somebody asks for it")
 	f.Float64Var(&o.Stretch, "stretch", 1, "factor on every timeout that waits for a guest or a worker, for slow machines")
 	f.StringVar(&v.level, "log-level", "info", "debug, info, warn or error")
 }
@@ -112,6 +115,9 @@ func (v *flags) check(o *broker.Options) (slog.Level, error) {
 		if n.value < 1 || n.value > n.most {
 			return level, usage("--%s %d is not between 1 and %d", n.name, n.value, n.most)
 		}
+	}
+	if n := o.RotateAuditAt; n != 0 && (n < leastRotation || n > maxCount*1000) {
+		return level, usage("--rotate-audit-at %d is neither 0 nor between %d and %d", n, leastRotation, maxCount*1000)
 	}
 	for _, d := range []struct {
 		name  string

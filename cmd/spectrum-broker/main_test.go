@@ -43,6 +43,8 @@ func TestImpossibleValues(t *testing.T) {
 		"--pci-segments=-1":      "--pci-segments -1 is not between 1 and 8",
 		"--max-grants=-1":        "--max-grants -1 is not between 1 and 1000000",
 		"--guest-requests=0":     "--guest-requests 0 is not between 1 and 1000000",
+		"--rotate-audit-at=9":    "--rotate-audit-at 9 is neither 0 nor between 1000 and 1000000000",
+		"--rotate-audit-at=-1":   "--rotate-audit-at -1 is neither 0 nor between 1000 and 1000000000",
 		"--guest-burst=-9":       "--guest-burst -9 is not between 1 and 1000000",
 		"--stretch=0.5":          "--stretch 0.5 is not between 1 and 1000",
 		"--stretch=NaN":          "--stretch NaN is not between 1 and 1000",

@@ -63,9 +63,10 @@ func (e *eventFlags) read(a *app) (q api.EventQuery, err error) {
 
 func (a *app) auditCommand() *cobra.Command {
 	var (
-		flags  eventFlags
-		limit  uint
-		follow followFlags
+		flags   eventFlags
+		limit   uint
+		follow  followFlags
+		archive string
 	)
 	cmd := &cobra.Command{
 		Use:   "audit",
@@ -76,6 +77,9 @@ ledger itself, each entry bound to the one before by a hash.
 What selects entries is looked at by the broker. --decision selects requests by
 the outcome of the decision on record: "error" where a policy could not decide,
 "deny" also where a request was refused before policy was asked.
+
+After a rotation a row "ledger.gap" stands for what is in archives, and --archive
+reads one of them, without the broker; VMs are named by their UUIDs there.
 
 With -o json each entry is a line.`,
 		Example: `  spectrum-cap audit --since 1h
@@ -92,13 +96,20 @@ With -o json each entry is a line.`,
 			if err != nil {
 				return err
 			}
+			if archive != "" {
+				if follow.on {
+					return usage("nothing is added to an archive: --follow does not go with --archive")
+				}
+				return a.readArchive(cmd.Context(), archive, q, int(limit)) //nolint:gosec // a flag
+			}
 			return a.readAudit(cmd.Context(), q, int(limit), follow) //nolint:gosec // a flag
 		},
 	}
 	flags.register(cmd, a)
 	cmd.Flags().UintVar(&limit, "limit", 0, "at most so many")
+	cmd.Flags().StringVar(&archive, "archive", "", "read this `file`, which a rotation made, and not the broker's ledger")
 	follow.register(cmd)
-	cmd.AddCommand(a.auditVerifyCommand(), a.auditExportCommand())
+	cmd.AddCommand(a.auditVerifyCommand(), a.auditExportCommand(), a.auditRotateCommand())
 	return cmd
 }
 
@@ -118,7 +129,9 @@ func (a *app) readAudit(ctx context.Context, q api.EventQuery, limit int, follow
 			if err := a.printEvent(ctx, e); err != nil {
 				return err
 			}
-			left--
+			if e.Type != api.GapType {
+				left--
+			}
 		}
 		if page.Next > q.After {
 			q.After = page.Next

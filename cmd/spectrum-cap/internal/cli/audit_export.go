@@ -97,6 +97,10 @@ func (a *app) exportTo(ctx context.Context, f *os.File, after uint64) (ledger.Ve
 			return ledger.VerifyReport{}, err
 		}
 		for _, e := range page.Events {
+			if e.Type == api.GapType {
+				a.note("the export begins with event %d: %s", e.Seq+1, gapReason(e))
+				continue
+			}
 			if err := x.Add(e.Record); err != nil {
 				return ledger.VerifyReport{}, err
 			}

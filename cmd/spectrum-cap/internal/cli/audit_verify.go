@@ -26,7 +26,9 @@ func (a *app) auditVerifyCommand() *cobra.Command {
 		Short: "Verify that no entry of the audit was changed, added or removed",
 		Long: `Verify that no entry of the audit was changed, added or removed since it was
 written, and name the first broken link if one was. With --state it reads the
-broker's state directory itself, with --file an export, and needs no broker.
+broker's state directory itself, with --file an export or an archive, and needs no
+broker. The ledger is verified together with its archives, as far back as they are
+in the state directory.
 
 The chain has no secret: whoever can write the ledger can make a whole new one, or
 cut off its end. Such shows only against an anchor, the number and hash of an
@@ -65,7 +67,7 @@ and what follows it are verified.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&from.state, "state", "", "verify the ledger in this `directory`")
-	f.StringVar(&from.file, "file", "", "verify this `file`, an export")
+	f.StringVar(&from.file, "file", "", "verify this `file`, an export or an archive")
 	f.StringSliceVar(&anchors, "anchor", nil, "`number:hash` of an entry that must be part of the chain; may be given several times")
 	f.BoolVar(&begin, "from-anchor", false, "verify only from the first anchor on")
 	_ = cmd.MarkFlagDirname("state")
@@ -86,6 +88,13 @@ func (a *app) printReport(report api.AuditReport) error {
 			since = fmt.Sprintf(" from event %d on", report.First)
 		}
 		_, _ = fmt.Fprintf(w, "intact: %d events%s, head %s\n", report.Events, since, report.Head)
+		for _, x := range report.Archives {
+			if x.Missing {
+				_, _ = fmt.Fprintf(w, "not verified: events %d to %d, as archive %s is not there\n", x.First, x.Last, x.Name)
+			} else {
+				_, _ = fmt.Fprintf(w, "with archive %s: events %d to %d\n", x.Name, x.First, x.Last)
+			}
+		}
 		if report.Anchors > 0 {
 			_, _ = fmt.Fprintf(w, "anchors that are part of it: %d\n", report.Anchors)
 		}
@@ -112,14 +121,18 @@ func (a *app) verify(ctx context.Context, from source, anchors []ledger.Anchor, 
 	var err error
 	switch {
 	case from.file != "" && begin:
-		return api.AuditReport{}, usage("an export is verified whole: --from-anchor does not go with --file")
+		return api.AuditReport{}, usage("a file is verified whole: --from-anchor does not go with --file")
 	case from.file != "":
 		var f *os.File
 		if f, err = os.Open(from.file); err != nil {
 			return api.AuditReport{}, fmt.Errorf("cannot read the export: %w", err)
 		}
 		defer func() { _ = f.Close() }()
-		r, err = ledger.VerifyExport(ctx, f, anchors...)
+		if isDatabase(f) {
+			r, err = ledger.VerifyArchive(ctx, from.file, anchors...)
+		} else {
+			r, err = ledger.VerifyExport(ctx, f, anchors...)
+		}
 	case begin:
 		r, err = ledger.VerifyFrom(ctx, from.state, anchors[0], anchors[1:]...)
 	default:
@@ -128,9 +141,21 @@ func (a *app) verify(ctx context.Context, from source, anchors []ledger.Anchor, 
 	return auditReport(r), err
 }
 
+// isDatabase tells an archive from an export, and leaves f at its beginning.
+func isDatabase(f io.ReadSeeker) bool {
+	const magic = "SQLite format 3\x00"
+	head := make([]byte, len(magic))
+	_, err := io.ReadFull(f, head)
+	_, back := f.Seek(0, io.SeekStart)
+	return err == nil && back == nil && string(head) == magic
+}
+
 // auditReport is a report of the ledger as it is shown.
 func auditReport(r ledger.VerifyReport) api.AuditReport {
 	out := api.AuditReport{Events: r.Events, First: r.First, Last: r.Last, Head: r.Head.String(), Anchors: r.Anchors}
+	for _, x := range r.Archives {
+		out.Archives = append(out.Archives, api.Archive{Name: x.Name, First: x.First, Last: x.Last, Missing: x.Missing})
+	}
 	if b := r.Broken; b != nil {
 		out.Broken = &api.BrokenChain{Seq: b.Seq, Problem: strings.TrimSuffix(b.Problem+": "+b.Detail, ": ")}
 	}

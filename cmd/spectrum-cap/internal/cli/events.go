@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -38,7 +39,8 @@ on behind it.
 
 A reader that is too slow is cut off, and a broker can be restarted: --follow then
 connects again by itself and goes on behind the last event that it printed, so
-that none is missing and none comes twice.`,
+that none is missing and none comes twice. What was put into an archive before it
+was read is said on stderr, and in a line "ledger.gap".`,
 		Example: `  spectrum-cap events --follow -o json
   spectrum-cap events --after 1200 --follow --type grant.`,
 		Args: args(0, 0, ""),
@@ -116,12 +118,24 @@ func (a *app) followOnce(ctx context.Context, q *api.EventQuery, connected func(
 		if err != nil {
 			return err
 		}
+		if e.Type == api.GapType {
+			a.note("skipped: %s", gapReason(e))
+		}
 		if err := a.printEvent(ctx, e); err != nil {
 			return fmt.Errorf("%w: %w", errLocal, err)
 		}
 		q.After = e.Seq
 	}
 	return fmt.Errorf("%w: the broker ended the stream", api.ErrUnreachable)
+}
+
+// gapReason says which events are not there, and where they are.
+func gapReason(e api.Event) string {
+	var g api.Gap
+	if err := json.Unmarshal(e.Data, &g); err != nil || g.Reason == "" {
+		return fmt.Sprintf("events up to %d", e.Seq)
+	}
+	return g.Reason
 }
 
 // neverConnected tells that nobody listened.

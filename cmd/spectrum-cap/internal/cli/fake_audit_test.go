@@ -65,3 +65,16 @@ func (f *fake) VerifyAudit(_ context.Context, q api.VerifyQuery) (api.AuditRepor
 	}
 	return r, nil
 }
+
+func (f *fake) RotateAudit(context.Context, api.Caller) (api.Rotation, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.broken {
+		return api.Rotation{}, api.Errorf(api.CodeConflict, "nothing was recorded since the audit was rotated")
+	}
+	last := uint64(len(f.events))
+	return api.Rotation{
+		Archive: api.Archive{Name: "ledger-1-9-00000000.db", First: 1, Last: last}, Path: "/state/archive/ledger-1-9-00000000.db",
+		Bytes: 4096, First: last + 1, Grants: 2, BlockedSeconds: 0.01,
+	}, nil
+}
