@@ -98,6 +98,9 @@ func (a *app) eventDetail(data json.RawMessage, name func(partition uuid.UUID) s
 		PID        json.Number     `json:"pid"`
 		Epoch      json.Number     `json:"epoch"`
 		KID        string          `json:"kid"`
+		Archive    string          `json:"archive"`
+		Carries    string          `json:"carries"`
+		Count      json.Number     `json:"count"`
 		Deadline   struct {
 			Wall string `json:"wall"`
 		} `json:"deadline"`
@@ -125,6 +128,7 @@ func (a *app) eventDetail(data json.RawMessage, name func(partition uuid.UUID) s
 		orElse(d.Spelling, capabilityText(d.Capability, name)), d.Label, d.Name, d.Alias, d.Reason,
 		orElse(d.Decision.Summary, d.Decision.Outcome), d.Engine, d.Error, named("revision", d.Revision),
 		named("run", d.Instance), named("until", d.Deadline.Wall), d.Wall, named("version", d.Version), named("pid", d.PID.String()), named("epoch", d.Epoch.String()), named("key", d.KID),
+		named("archive", d.Archive), strings.TrimSpace(d.Count.String() + " " + d.Carries),
 	} {
 		if p != "" && !slices.Contains(parts, p) {
 			parts = append(parts, p)

@@ -26,6 +26,8 @@ func TestEveryEventIsReadable(t *testing.T) {
 	}
 	rows := []row{
 		{ledger.LedgerCreated, false, false, `{"ledger":"` + grant.String() + `","epoch":3}`, "- - epoch 3"},
+		{ledger.LedgerRotated, false, false, `{"ledger":"` + grant.String() + `","epoch":3,"archive":"ledger-1-9-0a0b0c0d.db","first":1,"last":9,"carried":2}`, "- - epoch 3; archive ledger-1-9-0a0b0c0d.db"},
+		{ledger.LedgerCarried, false, false, `{"carries":"grants","count":40}`, "- - 40 grants"},
 		{ledger.GrantRequested, true, true, `{"instance":"r1","capability":` + capability + `,"label":"a"}`, "aaaaaaaa dddddddd fs:rw:work:/a; a; run r1"},
 		{ledger.GrantDenied, true, true, `{"action":"grant","capability":` + capability + `,"spelling":"fs:rw:job:/a","reason":"work says no"}`, "aaaaaaaa - fs:rw:job:/a; work says no"},
 		{ledger.GrantActive, true, true, `{"reason":"attached"}`, "aaaaaaaa dddddddd attached"},
