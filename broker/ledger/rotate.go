@@ -155,7 +155,7 @@ func (l *Ledger) Rotate(ctx context.Context, by Actor) (r Rotation, err error) {
 	failpoint.Hit("ledger.archive.copied")
 	err = l.run(ctx, &update{alone: func() (err error) {
 		began := time.Now()
-		r, err = l.rotate(ctx, s, a, by)
+		r, err = l.rotate(ctx, a, by)
 		r.Blocked = time.Since(began)
 		return err
 	}})
@@ -168,19 +168,22 @@ func (l *Ledger) Rotate(ctx context.Context, by Actor) (r Rotation, err error) {
 }
 
 // rotate is the part for which nobody else writes.
-func (l *Ledger) rotate(ctx context.Context, s *store, a *archive, by Actor) (r Rotation, err error) {
+func (l *Ledger) rotate(ctx context.Context, a *archive, by Actor) (r Rotation, err error) {
 	if err := l.Poisoned(); err != nil {
 		return r, fmt.Errorf("%w: %w", ErrPoisoned, err)
 	}
-	if s != l.store {
-		return r, fmt.Errorf("%w: the ledger was read again meanwhile", ErrNotRecorded)
-	}
-	if head, _ := l.Head(); head > a.chain.last {
-		if err := a.add(ctx, s, head); err != nil {
+	// Nobody but who leads gives the ledger another store. It may have one since the
+	// archive was begun; the chain tells whether it is the same log.
+	head, hash := l.Head()
+	if head > a.chain.last {
+		if err := a.add(ctx, l.store, head); err != nil {
 			return r, fmt.Errorf("%w: %w", ErrNotRecorded, err)
 		}
 	}
-	first, err := s.hashOf(ctx, a.chain.first)
+	if a.chain.last != head || a.chain.hash != hash {
+		return r, fmt.Errorf("%w: the ledger ends with event %d, and the archive with another, %d", ErrNotRecorded, head, a.chain.last)
+	}
+	first, err := l.store.hashOf(ctx, a.chain.first)
 	if err != nil {
 		return r, fmt.Errorf("%w: cannot read the first event: %w", ErrNotRecorded, err)
 	}

@@ -105,6 +105,7 @@ func (s *store) transact(records []record, instead bool) (begun bool, err error)
 			defer empty.Close()
 			clear = func() error {
 				_, err := empty.(statement).ExecContext(ctx, nil)
+				failpoint.Hit("ledger.rewrite.cleared")
 				return err
 			}
 		}
