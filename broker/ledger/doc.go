@@ -28,6 +28,11 @@
 //   - Nothing is folded that another user could have put in place: the state
 //     directory is refused where others can write to it. What an earlier process
 //     left in SQLite's log is made durable before anything is built on it.
+//   - A segment of the log begins with ledger.created, or with ledger.rotated and
+//     all that was in force at the end of the archive before it; state is a fold
+//     over the segment alone. Whatever is added to the state is carried (carry.go),
+//     or a test fails.
+//   - Nothing leaves the log before it is durable in an archive.
 //   - Readers have connections of their own: none of them delays a commit.
 //   - An expired grant is dead by the later of the clock and the latest wall time
 //     ever recorded, so that a clock set back revives nothing.
@@ -48,7 +53,8 @@
 //	         grant, vm, partition (16 bytes each, where flagged)
 //	         actor kind (string), uid (4 bytes, where flagged),
 //	         actor vm (16 bytes, where flagged), pid (uvarint)
-//	         data kind (1 byte: 0 none, 1 JSON, 2 a grant.requested record)
+//	         data kind (1 byte: 0 none, 1 JSON, 2 a grant.requested record,
+//	                    3 carried state)
 //	         data (string, unless none)
 //
 // The data of a grant.requested event, in JSON [GrantRecord]'s, is stored as
@@ -61,6 +67,11 @@
 //	deadline (where flagged: 8 bytes of wall time as above, boot id (string),
 //	          boot time (uvarint, nanoseconds))
 //	max_depth, max_uses (uvarint, where flagged)
+//
+// The data of ledger.carried is a version (1 byte, 1), a kind of item (1 byte), a
+// count (uvarint) and as many items. What an item has, in order, is in carry.go. A
+// text in it is the number that it has among the texts of the event (uvarint, from
+// 1; 0: none), followed by the text itself (string) where it is the first time.
 //
 // A string is a uvarint length, in its shortest form, and that many bytes; an
 // id that is flagged is not zero, but for the resource. A record is at most
