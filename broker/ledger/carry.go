@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"cmp"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
@@ -28,10 +29,12 @@ const (
 	carriedVMs                            // with their bindings and runs
 	carriedAliases                        // of VMs whose id the ledger keeps
 	carriedNames                          // of partitions
+	carriedKeys                           // that sign, oldest first
+	carriedSigned                         // grants with a token by another key than the current one
 )
 
 func (k carriedKind) String() string {
-	return [...]string{"nothing", "grants", "vms", "aliases", "names"}[k]
+	return [...]string{"nothing", "grants", "vms", "aliases", "names", "keys", "signed"}[k]
 }
 
 // carriedData is what people read of a ledger.carried event.
@@ -144,6 +147,23 @@ func (c *carrier) text(v *string) {
 	}
 }
 
+// perhaps is a text that may be missing, which is not the same as empty.
+func (c *carrier) perhaps(v **string) {
+	there, s := *v != nil, ""
+	if there {
+		s = **v
+	}
+	if c.flag(&there); there {
+		c.text(&s)
+	}
+	if c.d == nil {
+		return
+	}
+	if *v = nil; there {
+		*v = &s
+	}
+}
+
 // document is a text that is JSON, or nothing.
 func (c *carrier) document(v *string) {
 	at := c.at(*v)
@@ -242,6 +262,8 @@ func (c *carrier) grant(g *carriedGrant) {
 	c.text(&o.instance)
 	c.signed(&o.renewed)
 	c.signed(&o.revoking)
+	c.number(&o.changed)
+	c.perhaps(&o.troubled)
 
 	uses := uint64(g.usage.count)
 	c.small(&uses, math.MaxUint32)
@@ -255,6 +277,7 @@ func (c *carrier) vm(id *uuid.UUID, v *vmInfo) {
 	c.shared(&v.partition)
 	c.flag(&v.running)
 	c.text(&v.instance)
+	c.number(&v.changed)
 }
 
 func (c *carrier) alias(k *aliasKey, vm *uuid.UUID) {
@@ -266,6 +289,23 @@ func (c *carrier) alias(k *aliasKey, vm *uuid.UUID) {
 func (c *carrier) name(partition *uuid.UUID, name *string) {
 	c.own(partition)
 	c.text(name)
+}
+
+func (c *carrier) key(k *signingKey) {
+	c.text(&k.kid)
+	c.text(&k.public)
+	c.number(&k.epoch)
+	c.number(&k.from)
+	c.number(&k.until)
+	c.signed(&k.created)
+	c.signed(&k.retired)
+	c.signed(&k.revoked)
+	c.text(&k.reason)
+}
+
+func (c *carrier) signature(grant *uuid.UUID, kid *string) {
+	c.own(grant)
+	c.text(kid)
 }
 
 // carrying collects items into events.
@@ -319,7 +359,8 @@ func (l *layer) inForce() []int32 {
 func (l *layer) carried() [][]byte {
 	w := &carrying{}
 	w.begin(carriedGrants)
-	for _, i := range l.inForce() {
+	nodes := l.inForce()
+	for _, i := range nodes {
 		n := l.get(i)
 		g := carriedGrant{
 			node: *n, about: *n.about, usage: l.usage(i),
@@ -356,6 +397,19 @@ func (l *layer) carried() [][]byte {
 		}
 		w.item(func(c *carrier) { c.name(&id, &name) })
 	}
+	w.begin(carriedKeys)
+	for _, k := range l.meta.keys {
+		w.item(func(c *carrier) { c.key(&k) })
+	}
+	w.begin(carriedSigned)
+	for _, s := range sortedKeys(l.signed, func(x, y signedBy) int {
+		return cmp.Or(cmp.Compare(x.node, y.node), cmp.Compare(x.kid, y.kid))
+	}) {
+		if _, carried := slices.BinarySearch(nodes, s.node); carried {
+			id := l.get(s.node).id
+			w.item(func(c *carrier) { c.signature(&id, &s.kid) })
+		}
+	}
 	w.end()
 	return w.full
 }
@@ -376,7 +430,7 @@ func carriedHead(d *decoder) (kind carriedKind, count uint64, err error) {
 	version := d.byte()
 	kind = carriedKind(d.byte())
 	count = d.uvarint()
-	if d.fail || version != carriedVersion || kind < carriedGrants || kind > carriedNames || count == 0 {
+	if d.fail || version != carriedVersion || kind < carriedGrants || kind > carriedSigned || count == 0 {
 		return 0, 0, fmt.Errorf("%w: carried state of version %d and kind %d", errRecord, version, kind)
 	}
 	return kind, count, nil
@@ -409,6 +463,19 @@ func (f *folder) carried(l *layer, e *entry) error {
 			var name string
 			c.name(&partition, &name)
 			setKey(&l.names, partition, name)
+		case carriedKeys:
+			var k signingKey
+			c.key(&k)
+			l.meta.keys = append(l.meta.keys, k)
+		case carriedSigned:
+			var grant uuid.UUID
+			var kid string
+			c.signature(&grant, &kid)
+			i, ok := l.find(grant)
+			if !ok {
+				return fmt.Errorf("%w: a token of grant %s, which is not carried", ErrIllegalMove, grant)
+			}
+			setKey(&l.signed, signedBy{i, kid}, struct{}{})
 		}
 		if err != nil {
 			return err

@@ -172,6 +172,7 @@ func everything(t testing.TB, l *Ledger, fake *clock.Fake) (open, gone []uuid.UU
 		NewChange(GrantActive, someone, root, Change{Reason: "seen", Instance: "run-2"}),
 		renewal(root, end(90*time.Minute)),
 		NewChange(GrantDegraded, someone, root, Change{Reason: "a guest held on"}),
+		NewChange(GrantTroubled, someone, root, Change{Reason: "its directory is gone"}),
 		NewGrant(Actor{Kind: ActorVM, VM: holder}, child, vm2, uuid.Nil, GrantRecord{
 			Instance: run, Capability: capability(t, "/a/b"), Label: "b", Parent: root, Deadline: end(time.Minute), Declared: true, Limits: Limits{MaxDepth: &two, MaxUses: &nine},
 		}),

@@ -33,6 +33,8 @@ type RotatedData struct {
 	FirstHash Hash   `json:"first_hash"`
 	Last      uint64 `json:"last"`
 	LastHash  Hash   `json:"last_hash"`
+	// KeysSeq is the event that last changed what keys are worth; 0: none did.
+	KeysSeq uint64 `json:"keys_seq,omitempty"`
 	// Carried is how many events of what is in force follow.
 	Carried int `json:"carried"`
 }
@@ -93,7 +95,7 @@ func (f *folder) rotated(l *layer, e *entry) error {
 		return fmt.Errorf("%w: what is archived ends at event %d, and the segment begins with %d", ErrIllegalMove, d.Last, e.Seq)
 	}
 	l.meta.ledger, l.meta.epoch, l.meta.carrying = d.Ledger, d.Epoch, d.Carried
-	l.meta.highwater = d.Wall.UnixNano()
+	l.meta.highwater, l.meta.keysSeq = d.Wall.UnixNano(), d.KeysSeq
 	l.meta.segment = segment{e.Seq, d, e.Time.UnixNano()}
 	return nil
 }
@@ -190,6 +192,13 @@ func (l *Ledger) rotate(ctx context.Context, a *archive, by Actor) (r Rotation, 
 	if r.Archive, err = a.finish(); err != nil {
 		return r, fmt.Errorf("%w: %w", ErrNotRecorded, err)
 	}
+	// The mark's event is what the new segment is bound to: an older one would be
+	// taken for one of another ledger, now that it is not in the database.
+	if l.Marked() {
+		if err := l.mark(); err != nil {
+			return r, fmt.Errorf("%w: %w", ErrNotRecorded, err)
+		}
+	}
 	path := filepath.Join(a.dir, r.Archive.Name)
 	n, err := l.nextSegment(r.Archive, first, by)
 	if err == nil {
@@ -257,7 +266,7 @@ func (l *Ledger) nextSegment(a ArchiveName, firstHash Hash, by Actor) (*newSegme
 	}
 	err := add(LedgerRotated, dataJSON, mustJSON(RotatedData{
 		Ledger: old.ledger, Epoch: old.epoch, Wall: nanoTime(old.highwater), Archive: a.Name,
-		First: a.First, FirstHash: firstHash, Last: old.seq, LastHash: old.hash, Carried: len(carried),
+		First: a.First, FirstHash: firstHash, Last: old.seq, LastHash: old.hash, KeysSeq: old.keysSeq, Carried: len(carried),
 	}))
 	for _, data := range carried {
 		if err == nil {

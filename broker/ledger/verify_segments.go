@@ -154,7 +154,7 @@ func (s segment) follows(older verified, began [][]byte) error {
 		return broken(BrokenPrev, "it ends with event %d, %s, and %d, %s is what is followed", older.last, older.hash, d.Last, d.LastHash)
 	case older.first != d.First || older.firstHash != d.FirstHash:
 		return broken(BrokenPrev, "it begins with event %d, %s, and should with %d, %s", older.first, older.firstHash, d.First, d.FirstHash)
-	case m.ledger != d.Ledger || m.epoch != d.Epoch || m.highwater != d.Wall.UnixNano():
+	case m.ledger != d.Ledger || m.epoch != d.Epoch || m.highwater != d.Wall.UnixNano() || m.keysSeq != d.KeysSeq:
 		return broken(BrokenIllegal, "it is of ledger %s in epoch %d, and ledger %s in epoch %d follows", m.ledger, m.epoch, d.Ledger, d.Epoch)
 	case !slices.EqualFunc(older.layer.carried(), began, bytes.Equal):
 		return broken(BrokenIllegal, "what was in force at its end is not what the events from %d on say", s.first)
