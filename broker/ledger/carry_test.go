@@ -1,7 +1,9 @@
 package ledger
 
 import (
+	"bytes"
 	"context"
+	"crypto/ed25519"
 	"fmt"
 	"reflect"
 	"slices"
@@ -94,6 +96,12 @@ func (d *dumper) value(path string, v reflect.Value) {
 					parent = d.l.get(p).id.String()
 				}
 				d.say(path+"/parent", parent)
+			case name == "layer.signed":
+				for k := range d.l.signed {
+					if d.carried[k.node] {
+						d.say(path+"/signed", d.l.get(k.node).id.String()+" "+k.kid)
+					}
+				}
 			case byNode[name]:
 				for _, k := range v.Field(i).MapKeys() {
 					if at := int32(k.Int()); d.carried[at] {
@@ -131,7 +139,7 @@ func (d *dumper) value(path string, v reflect.Value) {
 func wanted() (names []string) {
 	for _, t := range []reflect.Type{
 		reflect.TypeFor[layer](), reflect.TypeFor[meta](), reflect.TypeFor[node](), reflect.TypeFor[about](), reflect.TypeFor[note](),
-		reflect.TypeFor[usage](), reflect.TypeFor[vmInfo](), reflect.TypeFor[storedCapability](), reflect.TypeFor[actor](),
+		reflect.TypeFor[usage](), reflect.TypeFor[vmInfo](), reflect.TypeFor[storedCapability](), reflect.TypeFor[actor](), reflect.TypeFor[signingKey](),
 	} {
 		for i := range t.NumField() {
 			name := t.Name() + "." + t.Field(i).Name
@@ -147,6 +155,10 @@ func wanted() (names []string) {
 // that have ended.
 func everything(t testing.TB, l *Ledger, fake *clock.Fake) (open, gone []uuid.UUID) {
 	t.Helper()
+	// Whoever makes keys marks the ledger before.
+	if err := l.Mark(); err != nil {
+		t.Fatal(err)
+	}
 	uid := uint32(1000)
 	person := Actor{Kind: ActorPerson, UID: &uid, PID: 47}
 	vm2, run := uuid.New(), "run-1"
@@ -154,6 +166,7 @@ func everything(t testing.TB, l *Ledger, fake *clock.Fake) (open, gone []uuid.UU
 	end := func(d time.Duration) capabilities.Deadline { return capabilities.NewDeadline(fake.Now(), d) }
 	root, child, grandchild, dead, heir, bare := uuid.New(), uuid.New(), uuid.New(), uuid.New(), uuid.New(), uuid.New()
 	over, failed := uuid.New(), uuid.New()
+	oldKey, newKey := ed25519.PublicKey(bytes.Repeat([]byte{1}, ed25519.PublicKeySize)), ed25519.PublicKey(bytes.Repeat([]byte{2}, ed25519.PublicKeySize))
 	put(t, l,
 		Event{Type: VMBound, Actor: someone, VM: holder, Partition: partition, Data: JSON(BoundData{Alias: "mail"})},
 		Event{Type: VMBound, Actor: someone, VM: vm2},
@@ -179,6 +192,13 @@ func everything(t testing.TB, l *Ledger, fake *clock.Fake) (open, gone []uuid.UU
 		NewUse(someone, child, run),
 		requested(grandchild, GrantRecord{Capability: capability(t, "/a/b"), Parent: child, Deadline: end(time.Second), Limits: Limits{MaxDepth: new(int), MaxUses: &two}}),
 		NewChange(GrantRevoking, person, grandchild, Change{Reason: "asked to"}),
+
+		// One key retired and revoked, after another took its place and signed for
+		// grants that were made before it.
+		NewKey(someone, oldKey),
+		NewKey(someone, newKey),
+		Event{Type: TokenIssued, Actor: person, Grant: root, Data: JSON(IssuedData{KID(newKey)})},
+		Event{Type: KeyRevoked, Actor: person, Data: JSON(KeyRevokedData{KID(oldKey), "it was seen elsewhere"})},
 
 		// Ended for good, while something that derives from it has not.
 		requested(dead, GrantRecord{Capability: capability(t, "/c")}),
