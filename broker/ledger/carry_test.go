@@ -168,6 +168,7 @@ func everything(t testing.TB, l *Ledger, fake *clock.Fake) (open, gone []uuid.UU
 	over, failed := uuid.New(), uuid.New()
 	oldKey, newKey := ed25519.PublicKey(bytes.Repeat([]byte{1}, ed25519.PublicKeySize)), ed25519.PublicKey(bytes.Repeat([]byte{2}, ed25519.PublicKeySize))
 	put(t, l,
+		NewMark(someone, fake.Now()),
 		Event{Type: VMBound, Actor: someone, VM: holder, Partition: partition, Data: JSON(BoundData{Alias: "mail"})},
 		Event{Type: VMBound, Actor: someone, VM: vm2},
 		Event{Type: VMStarted, Actor: someone, VM: holder, Data: JSON(RunData{Instance: run})},

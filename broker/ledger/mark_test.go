@@ -242,7 +242,7 @@ func TestReopenLooksAtTheAnchor(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := l.Reopen(context.Background()); !errors.Is(err, ErrSwapped) || !strings.Contains(err.Error(), "the database is gone") {
+	if err := l.Reopen(context.Background()); !errors.Is(err, ErrGone) || !strings.Contains(err.Error(), "was deleted") {
 		t.Errorf("got %v", err)
 	}
 	if err := try(l, Event{Type: BrokerStarted, Actor: someone}); !errors.Is(err, ErrPoisoned) {

@@ -27,6 +27,8 @@ type RotatedData struct {
 	Epoch  uint64    `json:"epoch"`
 	// Wall is the latest wall time on record.
 	Wall time.Time `json:"wall"`
+	// Anchor ties the boot in which it was rotated to the wall clock.
+	Anchor HighwaterData `json:"anchor,omitzero"`
 	// Archive is the name of the file with the events from First to Last.
 	Archive   string `json:"archive"`
 	First     uint64 `json:"first"`
@@ -97,6 +99,7 @@ func (f *folder) rotated(l *layer, e *entry) error {
 	l.meta.ledger, l.meta.epoch, l.meta.carrying = d.Ledger, d.Epoch, d.Carried
 	l.meta.highwater, l.meta.keysSeq = d.Wall.UnixNano(), d.KeysSeq
 	l.meta.segment = segment{e.Seq, d, e.Time.UnixNano()}
+	l.mark(d.Anchor)
 	return nil
 }
 
@@ -264,8 +267,12 @@ func (l *Ledger) nextSegment(a ArchiveName, firstHash Hash, by Actor) (*newSegme
 		n.events = append(n.events, v)
 		return nil
 	}
+	var anchor HighwaterData
+	if m := old.anchor; m.set {
+		anchor = HighwaterData{Wall: nanoTime(m.wall), BootID: l.root.due.bootID, Boot: nanoDuration(m.boot)}
+	}
 	err := add(LedgerRotated, dataJSON, mustJSON(RotatedData{
-		Ledger: old.ledger, Epoch: old.epoch, Wall: nanoTime(old.highwater), Archive: a.Name,
+		Ledger: old.ledger, Epoch: old.epoch, Wall: nanoTime(old.highwater), Anchor: anchor, Archive: a.Name,
 		First: a.First, FirstHash: firstHash, Last: old.seq, LastHash: old.hash, KeysSeq: old.keysSeq, Carried: len(carried),
 	}))
 	for _, data := range carried {
