@@ -21,6 +21,7 @@ import (
 
 	"spectrum-os.org/broker/broker/api"
 	"spectrum-os.org/broker/broker/ledger"
+	"spectrum-os.org/broker/broker/reconcile"
 	"spectrum-os.org/broker/capabilities"
 	"spectrum-os.org/broker/clock"
 	"spectrum-os.org/broker/policy"
@@ -69,6 +70,7 @@ func (a *auditing) begin() {
 	if err != nil {
 		a.t.Fatal(err)
 	}
+	b.reconciler = reconcile.New(reconcile.Options{Ledger: b.ledger, Clock: b.o.Clock})
 	l, err := api.ListenHost(a.socket, 0o600, "")
 	if err != nil {
 		a.t.Fatal(err)
