@@ -70,6 +70,11 @@ func (c *chain) add(seq uint64, body []byte, hash Hash, claim []byte) error {
 		if err := decodeEvent(body, &c.e); err == nil {
 			c.hash = c.e.Prev
 		}
+		// The event before it is known by that link.
+		if want, ok := c.known[c.last]; ok && want == c.hash {
+			delete(c.known, c.last)
+			c.met++
+		}
 	}
 	if seq != c.last+1 {
 		return broken(BrokenGap, "the event before it is %d", c.last)
