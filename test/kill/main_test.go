@@ -87,6 +87,11 @@ func TestKills(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	for _, name := range slices.Concat(firstSteps, onFullDisk) {
+		if name != "" && !slices.ContainsFunc(all, func(l labels.Label) bool { return l.Name == name }) {
+			t.Errorf("%s is armed, and is no failpoint: nobody dies of it", name)
+		}
+	}
 	// Whatever outlives its parent becomes a child of this process, where it is
 	// seen.
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {

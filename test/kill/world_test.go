@@ -270,7 +270,7 @@ func (s *statistics) turns() []string {
 // firstSteps are failpoints of a broker that has no state yet.
 var firstSteps = []string{
 	"ledger.lock.after", "ledger.file.made", "ledger.migrate.before", "ledger.migrate.after", "ledger.settle.after",
-	"key.written", "key.linked", "bind.before",
+	"key.marked", "key.written", "key.staged", "key.promote.before", "key.promote.after", "bind.before",
 }
 
 // ofShim tells whether a label is one that shims and launchers come by.
