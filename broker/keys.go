@@ -25,9 +25,10 @@ func (b *Broker) keyViews() []api.Key {
 	b.mu.Unlock()
 	var out []api.Key
 	b.ledger.View(func(s *ledger.State) {
+		signed := s.SignedCounts()
 		for _, k := range s.Keys() {
 			v := keyView(k)
-			v.Grants = len(s.SignedBy(k.KID))
+			v.Grants = signed[k.KID]
 			if t, is := barred[k.KID]; is && v.Revoked == nil {
 				v.State, v.Reason = api.KeyRevoked, t.Reason+" (not on record yet)"
 			}

@@ -161,6 +161,12 @@ func TestMintingWhileRotating(t *testing.T) {
 				t.Errorf("key %s signed for grant %s, and the record does not say so", kid, grant)
 			}
 		}
+		counts := s.SignedCounts()
+		for _, k := range s.Keys() {
+			if n := len(s.SignedBy(k.KID)); counts[k.KID] != n {
+				t.Errorf("key %s signs for %d grants, and %d are counted", k.KID, n, counts[k.KID])
+			}
+		}
 	})
 	if len(signed) == 0 {
 		t.Error("nothing was signed")

@@ -5,6 +5,7 @@ import (
 	"crypto/ed25519"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -226,6 +227,30 @@ func (s *State) SignedBy(kid string) []uuid.UUID {
 	for _, i := range s.l.open(uuid.Nil) {
 		if n := s.l.get(i); !n.stateName().Ended() && s.l.signedBy(&s.l.meta.keys[k], i) {
 			out = append(out, n.id)
+		}
+	}
+	return out
+}
+
+// SignedCounts is for how many such grants each key signs. It looks at each grant
+// once, however many keys there are: commits wait for who looks.
+func (s *State) SignedCounts() map[string]int {
+	out := map[string]int{}
+	keys := s.l.meta.keys
+	s.l.eachOpen(uuid.Nil, func(_ int32, n *node) bool {
+		if k := slices.IndexFunc(keys, func(k signingKey) bool { return k.made(n) }); k >= 0 && !n.stateName().Ended() {
+			out[keys[k].kid]++
+		}
+		return true
+	})
+	also := map[signedBy]struct{}{}
+	for at := s.l; at != nil; at = at.below {
+		maps.Copy(also, at.signed)
+	}
+	for by := range also {
+		k := s.l.meta.key(by.kid)
+		if n := s.l.get(by.node); k >= 0 && !keys[k].made(n) && !n.stateName().Ended() {
+			out[by.kid]++
 		}
 	}
 	return out
