@@ -80,6 +80,7 @@ var operations = []func(l *life, ctx context.Context, r *rand.Rand) bool{
 	(*life).stop,
 	(*life).disturbGuest,
 	(*life).rename,
+	(*life).rotateKeys, (*life).rotateAudit,
 }
 
 var onceFull = []func(l *life, ctx context.Context, r *rand.Rand) bool{(*life).rename, (*life).rename, (*life).revoke, (*life).drop}
@@ -457,6 +458,29 @@ func (l *life) rename(ctx context.Context, r *rand.Rand) bool {
 		l.locked(func() { n.is, n.asked = name, "" })
 	}
 	l.note("name %s %s -> %v", p.ID, name, err)
+	return true
+}
+
+// rotateKeys makes a new key. What the ones before signed stays good.
+func (l *life) rotateKeys(ctx context.Context, _ *rand.Rand) bool {
+	k, err := l.Client.RotateKeys(ctx)
+	l.answered(err)
+	if err == nil {
+		l.locked(func() { l.keys = append(l.keys, k.KID) })
+	}
+	l.note("rotate keys -> %s %v", k.KID, err)
+	return true
+}
+
+// rotateAudit puts what is on record into an archive, where there is room for it.
+func (l *life) rotateAudit(ctx context.Context, _ *rand.Rand) bool {
+	if l.disk != "" {
+		return false
+	}
+	l.locked(func() { l.rotated = true })
+	out, err := l.Client.RotateAudit(ctx)
+	l.answered(err)
+	l.note("rotate the audit -> %s %v", out.Archive.Name, err)
 	return true
 }
 

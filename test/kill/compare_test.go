@@ -28,7 +28,7 @@ func (w *world) compare() error {
 		return err
 	}
 	// At once: what was acknowledged.
-	wrong := append(w.wrongGrants(s), w.wrongNames(s)...)
+	wrong := slices.Concat(w.wrongGrants(s), w.wrongNames(s), w.wrongKeys(s))
 	for _, m := range w.machines {
 		if text := m.wrong(s.vms[m.id]); text != "" {
 			wrong = append(wrong, fmt.Sprintf("VM %s: %s", m.name, text))
@@ -71,6 +71,7 @@ type sight struct {
 	names   map[uuid.UUID]string
 	objects map[uuid.UUID][]shim.ObjectState // of the VMs whose shim answers
 	alive   []process
+	keys    []api.Key
 }
 
 func (w *world) look(ctx context.Context) (sight, error) {
@@ -93,6 +94,9 @@ func (w *world) look(ctx context.Context) (sight, error) {
 	}
 	for _, n := range names {
 		s.names[n.Partition] = n.Name
+	}
+	if s.keys, err = w.Client.ListKeys(ctx); err != nil {
+		return s, err
 	}
 	for _, m := range w.machines {
 		s.objects[m.id] = w.objects(ctx, m)
@@ -142,7 +146,7 @@ func (w *world) wrongGrants(s sight) (wrong []string) {
 			f, exists := found[g.label]
 			// A lease that was over before the broker started has ended by now.
 			over := !g.expires.IsZero() && g.expires.Before(w.begun)
-			switch text := g.wrong(f.State, exists, s.at); {
+			switch text := g.wrong(f.State, exists, w.rotated, s.at); {
 			case text != "":
 				wrong = append(wrong, fmt.Sprintf("grant %s (%s): %s (%s)", g.label, f.ID, text, f.Reason))
 			case over && live(f.State):
@@ -164,6 +168,26 @@ func (w *world) wrongNames(s sight) (wrong []string) {
 	for p, n := range w.names {
 		if is := s.names[p]; is != n.is && (n.asked == "" || is != n.asked) {
 			wrong = append(wrong, fmt.Sprintf("partition %s was named %q (and then asked to be %q), and is %q", p, n.is, n.asked, is))
+		}
+	}
+	return wrong
+}
+
+// wrongKeys are acknowledged ones that are not there. The newest signs, and nobody
+// revoked any.
+func (w *world) wrongKeys(s sight) (wrong []string) {
+	for _, kid := range w.keys {
+		if !slices.ContainsFunc(s.keys, func(k api.Key) bool { return k.KID == kid }) {
+			wrong = append(wrong, fmt.Sprintf("key %s was acknowledged, and is lost", kid))
+		}
+	}
+	for i, k := range s.keys {
+		want := api.KeyRetired
+		if i == len(s.keys)-1 {
+			want = api.KeyCurrent
+		}
+		if k.State != want {
+			wrong = append(wrong, fmt.Sprintf("key %s is %s, and should be %s", k.KID, k.State, want))
 		}
 	}
 	return wrong
@@ -302,7 +326,7 @@ func (w *world) verify() error {
 		return fmt.Errorf("the chain is broken: %w", r.Broken)
 	}
 	if r.Events > 0 {
-		w.anchors = append(w.anchors, ledger.Anchor{Seq: uint64(r.Events), Hash: r.Head})
+		w.anchors = append(w.anchors, ledger.Anchor{Seq: r.Last, Hash: r.Head})
 	}
 	return nil
 }

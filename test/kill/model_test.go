@@ -34,16 +34,18 @@ func live(s api.GrantState) bool { return s == api.GrantPending || s == api.Gran
 
 // wrong is the model: what was acknowledged stays so, what was not may be
 // either.
-func (g *grant) wrong(state api.GrantState, exists bool, now time.Time) string {
+// What has ended may be in an archive, where the audit was rotated.
+func (g *grant) wrong(state api.GrantState, exists, rotated bool, now time.Time) string {
 	over := g.counted || g.lease && !now.Before(g.expires)
+	archived := rotated && (g.ended || g.doomed || g.mayEnd || over)
 	switch {
 	case g.ended && exists && live(state):
 		return "its end was acknowledged, and it is " + string(state)
 	case g.doomed && exists && live(state):
 		return "its VM was killed, and it is " + string(state)
-	case g.given && !exists:
+	case g.given && !exists && !archived:
 		return "it was acknowledged, and is lost"
-	case g.given && !g.ended && !g.mayEnd && !over && !live(state):
+	case g.given && exists && !g.ended && !g.mayEnd && !over && !live(state):
 		return "it was acknowledged, nobody took it back, and it is " + string(state)
 	}
 	return ""
@@ -91,8 +93,11 @@ type model struct {
 	mu     sync.Mutex
 	grants []*grant
 	names  map[uuid.UUID]*named
+	keys   []string // that were acknowledged, oldest first
 	serial int
-	log    []string // of the last operations
+	// rotated: it was asked to rotate the audit, at least once.
+	rotated bool
+	log     []string // of the last operations
 }
 
 func (m *model) locked(f func()) {
