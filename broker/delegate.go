@@ -180,8 +180,11 @@ func (s guestService) Token(ctx context.Context, vm, id uuid.UUID) (api.Token, e
 func (b *Broker) delegatedGrant(g ledger.Grant) api.GuestGrant {
 	out := b.guestGrant(g)
 	out.Label, out.MountPath, out.From, out.Uses = "", "", nil, nil
-	if out.State == api.GrantActive {
+	switch out.State {
+	case api.GrantActive:
 		out.State = api.GrantPending
+	case api.GrantRevoked, api.GrantFailed:
+		out.State = api.GrantRevoking
 	}
 	return out
 }
