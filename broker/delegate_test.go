@@ -508,3 +508,23 @@ func TestDropDoesNotWaitForAnotherVM(t *testing.T) {
 	close(stuck)
 	g.awaitState(b.ID, ledger.Revoked)
 }
+
+// Who asks for longer than the parent lasts is told, and takes what is left only
+// if they say so.
+func TestDelegatedForLongerThanTheParentLasts(t *testing.T) {
+	g := newDelegating(t, allowsAll, allowsAll)
+	minute, hour := int64(60), int64(3600)
+	parent := g.granted(mail1, "/docs", func(r *request) { r.ttl = &minute })
+	r := g.asks(mail3, "/docs/a", func(r *request) { r.parent, r.ttl, r.narrower = &parent, &hour, false })
+	g.refused(r, api.CodeNarrower, "sooner than 1h0m0s from now")
+	r.narrower = true
+	got, err := g.grant(t.Context(), r)
+	if err != nil || !narrowed(got) || got.Deadline.Wall.After(parent.Deadline.Wall) {
+		t.Errorf("%v, narrowed: %v, until %v", err, narrowed(got), got.Deadline.Wall)
+	}
+	// As long as the parent lasts, without a number, is all that was asked for.
+	r.ttl, r.narrower, r.label = nil, false, "other"
+	if got, err := g.grant(t.Context(), r); err != nil || narrowed(got) || got.Deadline.IsZero() {
+		t.Errorf("%v, narrowed: %v, until %v", err, narrowed(got), got.Deadline.Wall)
+	}
+}

@@ -121,6 +121,12 @@ func (b *Broker) narrow(d *decided) error {
 			changes = append(changes, fmt.Sprintf("for at most %d uses", *uses))
 		}
 	}
+	if ends := b.endsSooner(d); ends != nil {
+		if !d.narrower {
+			return refuse(api.CodeNarrower, "%w", ends)
+		}
+		d.narrowed = true
+	}
 	if len(changes) == 0 {
 		return nil
 	}
@@ -130,6 +136,21 @@ func (b *Broker) narrow(d *decided) error {
 			b.spoken(d.capability), strings.Join(changes, " and "))
 	}
 	return nil
+}
+
+// endsSooner says that a lifetime which was asked for, and allowed, is cut short by
+// the end of the parent. A renewal says so itself.
+func (b *Broker) endsSooner(d *decided) error {
+	p := d.parent
+	if p == nil || d.request.ttl == nil || d.renews != uuid.Nil {
+		return nil
+	}
+	ttl := time.Duration(*d.ttl) * time.Second
+	if p.Deadline.Remaining(b.o.Clock.Now()) >= ttl {
+		return nil
+	}
+	return fmt.Errorf("grant %s, from which it derives, ends at %s, sooner than %v from now; renew that first, ask for less, or accept a narrower grant to end with it",
+		p.ID, hostTime(p.Deadline.Wall).Format(time.RFC3339), ttl)
 }
 
 // least is the smaller of two limits, of which nil is none.

@@ -195,7 +195,7 @@ func (l *life) delegate(ctx context.Context, r *rand.Rand) bool {
 	l.locked(func() { dead = p.ended })
 	g := l.ask(to, false, lifetime != nil, p)
 	out, err := l.Client.Grant(ctx, api.GrantRequest{
-		VM: to.id.String(), Parent: p.id.String(), TTLSeconds: lifetime, Label: g.label, Wait: true,
+		VM: to.id.String(), Parent: p.id.String(), TTLSeconds: lifetime, Label: g.label, AcceptNarrower: true, Wait: true,
 	})
 	l.granted(g, out.ID, out.Expires, err)
 	l.note("delegate %s from %s to %s ttl=%v -> %v %s %v", g.label, p.label, to.name, lifetime != nil, out.ID, out.State, err)

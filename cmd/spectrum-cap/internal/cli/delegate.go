@@ -89,7 +89,7 @@ host, and of the partitions of both VMs and of the resource.`,
 	what.registerLease(cmd)
 	limits.register(f)
 	waiting.register(f, "when the guest has it")
-	f.BoolVar(&narrower, "accept-narrower", false, "take it even if policy allows less than was asked")
+	f.BoolVar(&narrower, "accept-narrower", false, "take it even if policy, or the grant that it derives from, leaves less than was asked")
 	f.BoolVarP(&quiet, "quiet", "q", false, "print the new grant's UUID only")
 	_ = cmd.RegisterFlagCompletionFunc("to", a.completeVM)
 	_ = cmd.RegisterFlagCompletionFunc("narrow", a.completeCapability)
