@@ -21,7 +21,7 @@ import (
 // Policies see the time on the host's wall, as their library reads it.
 func TestPoliciesSeeTheHostsTime(t *testing.T) {
 	local := time.Local
-	defer func() { time.Local = local }()
+	t.Cleanup(func() { time.Local = local }) // after the broker's own end, which reads it
 	time.Local = time.FixedZone("", -5*3600)
 	at := time.Date(2026, 11, 28, 3, 4, 5, 6, time.UTC)
 	if got, err := json.Marshal(hostTime(at)); err != nil || string(got) != `"2026-11-27T22:04:05-05:00"` {

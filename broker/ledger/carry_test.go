@@ -319,13 +319,13 @@ func TestDumpSeesEverything(t *testing.T) {
 			t.Fatal(err)
 		}
 		everything(t, again, fake)
+		if err := again.Close(); err != nil { // nobody else may look at what is spoilt
+			t.Fatal(err)
+		}
 		before := dump(again.root).out
 		spoil(again.root)
 		if slices.Equal(before, dump(again.root).out) {
 			t.Errorf("%s can be lost", name)
-		}
-		if err := again.Close(); err != nil {
-			t.Fatal(err)
 		}
 	}
 }
