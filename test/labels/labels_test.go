@@ -64,8 +64,10 @@ func TestNoneInRelease(t *testing.T) {
 				t.Errorf("%s contains %q, the label of %s: it was built with failpoints, or the label means something else too and wants another name", program, l.Name, l.At)
 			}
 		}
-		if bytes.Contains(release, []byte("SPECTRUM_FAILPOINTS")) {
-			t.Errorf("%s knows the variable that arms failpoints", program)
+		for _, variable := range []string{"SPECTRUM_FAILPOINTS", "SPECTRUM_LEDGER_SYNCHRONOUS"} {
+			if bytes.Contains(release, []byte(variable)) {
+				t.Errorf("%s knows %s, which is for tests", program, variable)
+			}
 		}
 		if code := symbols(t, release); len(code) > 0 {
 			t.Errorf("%s holds code of failpoints: %q", program, code)

@@ -88,13 +88,7 @@ func (a *app) printReport(report api.AuditReport) error {
 			since = fmt.Sprintf(" from event %d on", report.First)
 		}
 		_, _ = fmt.Fprintf(w, "intact: %d events%s, head %s\n", report.Events, since, report.Head)
-		for _, x := range report.Archives {
-			if x.Missing {
-				_, _ = fmt.Fprintf(w, "not verified: events %d to %d, as archive %s is not there\n", x.First, x.Last, x.Name)
-			} else {
-				_, _ = fmt.Fprintf(w, "with archive %s: events %d to %d\n", x.Name, x.First, x.Last)
-			}
-		}
+		writeArchives(w, report.Archives)
 		if report.Anchors > 0 {
 			_, _ = fmt.Fprintf(w, "anchors that are part of it: %d\n", report.Anchors)
 		}
@@ -107,6 +101,16 @@ func (a *app) printReport(report api.AuditReport) error {
 		return &codedError{exitFailed, fmt.Sprintf("the audit is broken at event %d: %s", b.Seq, b.Problem)}
 	}
 	return nil
+}
+
+func writeArchives(w io.Writer, all []api.Archive) {
+	for _, x := range all {
+		if x.Missing {
+			_, _ = fmt.Fprintf(w, "not verified: events %d to %d, as archive %s is not there\n", x.First, x.Last, x.Name)
+		} else {
+			_, _ = fmt.Fprintf(w, "with archive %s: events %d to %d\n", x.Name, x.First, x.Last)
+		}
+	}
 }
 
 func (a *app) verify(ctx context.Context, from source, anchors []ledger.Anchor, begin bool) (api.AuditReport, error) {

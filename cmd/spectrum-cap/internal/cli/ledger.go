@@ -9,6 +9,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/spf13/cobra"
 
+	"spectrum-os.org/broker/broker/api"
 	"spectrum-os.org/broker/broker/ledger"
 )
 
@@ -43,6 +44,8 @@ type ledgerView struct {
 	Revoking *int      `json:"revoking,omitempty"`
 	Replaced string    `json:"replaced,omitempty"`
 	Broken   string    `json:"broken,omitempty"`
+	// Archives are those that the events go through, the newest first.
+	Archives []api.Archive `json:"archives,omitempty"`
 }
 
 func viewOf(file string, events int, m ledger.Mark) ledgerView {
@@ -61,7 +64,8 @@ func (a *app) ledgerVerifyCommand() *cobra.Command {
 		Short: "Verify the whole chain of the ledger, or of a backup",
 		Long: `Verify the whole chain of the ledger in a state directory, beside a broker or
 without one, or of a backup: that no event was changed, added or removed, and
-that the state directory's own anchor is part of it.
+that the state directory's own anchor is part of it. The ledger is verified with
+its archives, as far back as they are there; a backup by itself.
 
 An event written down elsewhere, NUMBER:HASH as this command and 'ledger backup'
 print the newest, is looked for with --anchor: only that shows that the newest
@@ -93,12 +97,14 @@ events were cut off together with what the state directory knows of them.`,
 				return err
 			}
 			v := viewOf(file, report.Events, report.Mark())
+			v.Archives = auditReport(report).Archives
 			if report.Broken != nil {
 				v.Broken = report.Broken.Error()
 			}
 			err = a.print(v, func(w io.Writer) {
 				if report.Broken == nil {
 					_, _ = fmt.Fprintln(w, "intact: "+v.text())
+					writeArchives(w, v.Archives)
 				}
 			})
 			if err != nil || report.Broken == nil {
@@ -129,8 +135,9 @@ func (a *app) ledgerBackupCommand() *cobra.Command {
 its owner can read. The broker may run, and goes on. The file is there under its
 name when it is whole, verified and durable; one that exists is not replaced.
 
-It holds every event, and no private key: who reads it learns what was granted
-to whom, and can do nothing with it.`,
+It holds all that is in force and every event that is not in an archive, and no
+private key: who reads it learns what was granted to whom, and can do nothing with
+it. Archives of the audit are files that never change: copy them too.`,
 		Example: `  spectrum-cap ledger backup /mnt/backup/ledger-$(date +%F).db
   spectrum-cap ledger backup --state /var/lib/spectrum-broker monday.db -o json`,
 		Args: args(1, 1, "a file to write"),

@@ -112,3 +112,25 @@ func TestLedgerCommands(t *testing.T) {
 	try(2, "", "needs a backup", "ledger", "restore")
 	openState(t, dir).Close()
 }
+
+// TestLedgerVerifySaysWhatItDidNotSee: an archive that is not there is no error,
+// and is said.
+func TestLedgerVerifySaysWhatItDidNotSee(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	l := openState(t, dir)
+	named(t, l, "first")
+	r, err := l.Rotate(t.Context(), ledger.Actor{Kind: ledger.ActorBroker})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, says := range []string{"with archive " + r.Archive.Name, "not verified: events 1 to 3"} {
+		code, stdout, stderr := run(t, "/nonexistent", "ledger", "verify", "--state", dir)
+		if code != 0 || !strings.Contains(stdout, "intact: ") || !strings.Contains(stdout, says) {
+			t.Errorf("code %d, %q, %q; want %q", code, stdout, stderr, says)
+		}
+		_ = os.Remove(filepath.Join(dir, ledger.ArchiveDir, r.Archive.Name))
+	}
+}
