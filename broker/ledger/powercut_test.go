@@ -236,7 +236,11 @@ func (c *cutDisk) cut(r *rand.Rand, loss powercut.Loss) (*powercut.Disk, error) 
 // TestPowerCutAtBirth takes the power away at every change of a ledger's first
 // moments: from the making of its directory to its end.
 func TestPowerCutAtBirth(t *testing.T) {
-	for stop := 1; ; stop++ {
+	stride := 1
+	if raceDetector {
+		stride = 5
+	}
+	for stop := 1; ; stop += stride {
 		c := newCutDisk(t)
 		ended := c.run(story{Seed: 1, Writers: 1, Steps: 5}, stop)
 		for i, loss := range powercut.Losses {

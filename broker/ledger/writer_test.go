@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -29,6 +30,12 @@ func TestMain(m *testing.M) {
 	}
 	if story := os.Getenv(childStory); story != "" {
 		tellStory(story)
+	}
+	if raceDetector {
+		// Before the command line is read, which may still ask for more.
+		if err := flag.Set("rapid.checks", "20"); err != nil {
+			panic(err)
+		}
 	}
 	os.Exit(m.Run())
 }
