@@ -403,26 +403,37 @@ func (b *Broker) holders() map[uuid.UUID]bool {
 // settle returns when no VM has anything left to withdraw and no grant is
 // between two states, or after a bound that a hostile guest cannot stretch.
 func (b *Broker) settle(ctx context.Context) error {
-	bound := time.After(b.o.stretched(b.o.CutDeadline + 30*time.Second))
-	for vm := range b.holders() {
-		for {
-			b.reconciler.Wake(vm)
+	ctx, cancel := context.WithTimeoutCause(ctx, b.o.stretched(b.o.CutDeadline+30*time.Second), errUnsettled)
+	defer cancel()
+	rest := b.holders()
+	for {
+		for vm := range rest {
 			settled, err := b.reconciler.Settled(ctx, vm)
-			if err == nil && settled {
-				break
-			}
-			select {
-			case <-ctx.Done():
-				return ctx.Err()
-			case <-bound:
-				b.log.Error("serving although a VM is not settled", "vm", vm, "err", err)
+			switch {
+			case err == nil && settled:
+				// It is not looked at again.
+				delete(rest, vm)
+				continue
+			case errors.Is(context.Cause(ctx), errUnsettled):
+				b.log.Error("serving although VMs are not settled", "vm", vm, "vms", len(rest), "err", err)
 				return nil
-			case <-time.After(50 * time.Millisecond):
+			case ctx.Err() != nil:
+				return ctx.Err()
 			}
+			b.reconciler.Wake(vm)
+		}
+		if len(rest) == 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done(): // what that means is above
+		case <-time.After(50 * time.Millisecond):
 		}
 	}
-	return nil
 }
+
+// errUnsettled ends the wait for VMs that are not settled.
+var errUnsettled = errors.New("not all VMs are settled")
 
 // serve tells that the broker is ready and serves people until ctx ends.
 func (b *Broker) serve(ctx context.Context) error {

@@ -6,6 +6,8 @@ import (
 	"strings"
 
 	"github.com/google/uuid"
+
+	"spectrum-os.org/broker/capabilities"
 )
 
 // What is asked at every request, or of all grants, is answered here without
@@ -65,6 +67,21 @@ func (f Filter) selects(n *node) bool {
 		(f.HolderPartition == uuid.Nil || f.HolderPartition == a.partition) &&
 		(f.ResourcePartition == uuid.Nil || n.capability.hasOwner && n.capability.resource == f.ResourcePartition) &&
 		(f.Instance == "" || f.Instance == n.instance())
+}
+
+// HoldsDead tells whether a holder has an open grant that is not [State.Live].
+func (s *State) HoldsDead(holder uuid.UUID, now capabilities.Instant) bool {
+	now = s.Effective(now)
+	dead := false
+	s.l.eachOpen(holder, func(_ int32, n *node) bool {
+		dead = n.dead(now) != nil
+		for i := n.parent; i != none && !dead; i = n.parent {
+			n = s.l.get(i)
+			dead = n.dead(now) != nil
+		}
+		return !dead
+	})
+	return dead
 }
 
 // prefixStep is how many grants Prefixed looks at: commits wait for who looks.

@@ -122,14 +122,22 @@ func (s *State) Live(id uuid.UUID, now capabilities.Instant) error {
 	now = s.Effective(now)
 	for ; i != none; i = s.l.get(i).parent {
 		n := s.l.get(i)
-		switch st := n.stateName(); {
-		case st == Failed:
-			return &DeadError{id, n.id, ErrFailed}
-		case st.Ended():
-			return &DeadError{id, n.id, ErrRevoked}
-		case n.about.hasDeadline && remaining(n, now) == 0:
-			return &DeadError{id, n.id, ErrExpired}
+		if err := n.dead(now); err != nil {
+			return &DeadError{id, n.id, err}
 		}
+	}
+	return nil
+}
+
+// dead is why a grant itself gives nothing at an [State.Effective] instant, or nil.
+func (n *node) dead(now capabilities.Instant) error {
+	switch st := n.stateName(); {
+	case st == Failed:
+		return ErrFailed
+	case st.Ended():
+		return ErrRevoked
+	case n.about.hasDeadline && remaining(n, now) == 0:
+		return ErrExpired
 	}
 	return nil
 }

@@ -35,9 +35,9 @@ func (r *Reconciler) AgentAnswers(ctx context.Context, vm uuid.UUID, back bool) 
 }
 
 func (r *Reconciler) tellAgent(ctx context.Context, follower AgentFollower, v view, back bool) {
+	seen := v.seen()
 	for _, o := range v.desired {
-		there := slices.ContainsFunc(v.observed, func(seen Observed) bool { return seen.ID == o.ID && seen.Presence == Present })
-		if !there || !back && !r.hasMissed(o.ID) {
+		if seen[o.ID].Presence != Present || !back && !r.hasMissed(o.ID) {
 			continue
 		}
 		err := follower.AgentBack(ctx, o)

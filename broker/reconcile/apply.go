@@ -21,6 +21,11 @@ type application struct {
 
 // applyPass begins to make what live grants need. It waits for none of it.
 func (r *Reconciler) applyPass(ctx context.Context, c corner) error {
+	if r.quiet(c) {
+		if idle, err := r.idle(ctx, c); err != nil || idle {
+			return err
+		}
+	}
 	v, err := r.look(ctx, c)
 	if err != nil {
 		return err

@@ -17,8 +17,25 @@ import (
 // not under way yet. It waits for none of them: a later revocation never waits
 // for what an earlier one takes from the guest.
 func (r *Reconciler) cutPass(ctx context.Context, c corner) error {
-	// What is known to have ended does not wait for a look at the world either.
-	unrecorded := r.cutKnown(ctx, c)
+	quiet := r.quiet(c)
+	var unrecorded error
+	if !quiet {
+		// What is known to have ended does not wait for a look at the world either.
+		unrecorded = r.cutKnown(ctx, c)
+	}
+	if quiet {
+		idle, err := r.idle(ctx, c)
+		if err != nil {
+			r.o.Meter.Failed(c.kind, "observe")
+		}
+		if idle {
+			// Its own run wakes it before another VM's can matter to it.
+			r.needs(view{corner: c})
+		}
+		if err != nil || idle {
+			return err
+		}
+	}
 	v, err := r.look(ctx, c)
 	if err != nil {
 		r.o.Meter.Failed(c.kind, "observe")
@@ -36,21 +53,18 @@ func (r *Reconciler) cutPass(ctx context.Context, c corner) error {
 	}
 	r.parted(v)
 	r.forget(v)
+	there := v.seen()
 	for _, a := range v.plan {
-		switch {
+		switch o, seen := there[a.Object.ID]; {
 		case a.Verb == Apply:
 			poke(r.laneOf(c).apply)
-		case a.Verb.Cuts() && (v.there(a.Object.ID) || !r.isCut(a)):
+		case a.Verb.Cuts() && (seen && o.Presence != Gone || !r.isCut(a)):
 			// What was withdrawn already waits only for the ledger.
 			r.order(a, v.instances[c.vm])
 		}
 	}
 	r.extendAll(v.plan)
 	return errors.Join(unrecorded, r.recordGone(ctx, c))
-}
-
-func (v *view) there(object string) bool {
-	return slices.ContainsFunc(v.observed, func(o Observed) bool { return o.ID == object && o.Presence != Gone })
 }
 
 // cutKnown orders the withdrawals that follow from the ledger alone.
@@ -115,6 +129,8 @@ func (r *Reconciler) order(a Action, run string) {
 			return
 		}
 		w.cancel()
+	} else {
+		r.busy[a.corner()]++
 	}
 	ctx, cancel := context.WithCancel(r.ctx)
 	w := &cutting{action: a, run: run, cancel: cancel}
@@ -125,8 +141,9 @@ func (r *Reconciler) order(a Action, run string) {
 	})
 }
 
+// covers tells whether all, which is sorted, has all of some.
 func covers(all, some []uuid.UUID) bool {
-	return !slices.ContainsFunc(some, func(id uuid.UUID) bool { return !slices.Contains(all, id) })
+	return !slices.ContainsFunc(some, func(id uuid.UUID) bool { return !among(all, id) })
 }
 
 func (r *Reconciler) doCut(ctx context.Context, w *cutting) {
@@ -139,7 +156,7 @@ func (r *Reconciler) doCut(ctx context.Context, w *cutting) {
 		r.o.Log.Info("withdrawn", "object", id, "vm", vm, "verb", a.Verb, "why", a.Why, "note", note)
 		r.mend(id)
 		r.markCut(a, note)
-		if err = r.recordGone(ctx, corner{vm, a.Object.Kind}); err != nil {
+		if err = r.recordGone(ctx, a.corner()); err != nil {
 			err = fmt.Errorf("it is done, and the ledger cannot be told: %w", err)
 		}
 		failpoint.Hit("withdraw.recorded")
@@ -152,6 +169,9 @@ func (r *Reconciler) doCut(ctx context.Context, w *cutting) {
 	current := r.cutting[id] == w
 	if current {
 		delete(r.cutting, id)
+		if r.busy[a.corner()]--; r.busy[a.corner()] == 0 {
+			delete(r.busy, a.corner())
+		}
 	}
 	r.mu.Unlock()
 	if current && (a.Verb == Withdraw || err != nil) {
@@ -196,18 +216,6 @@ func (r *Reconciler) rest(ctx context.Context, w *cutting, pause time.Duration) 
 	case <-ctx.Done():
 	case <-timer.C:
 	}
-}
-
-// busy tells whether anything is being taken away in a corner.
-func (r *Reconciler) busy(c corner) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, w := range r.cutting {
-		if w.action.Object.VM == c.vm && w.action.Object.Kind == c.kind {
-			return true
-		}
-	}
-	return false
 }
 
 // lostObjects are those that live grants own and the world has lost.
@@ -269,7 +277,6 @@ type share struct {
 
 // cutShare is a share that was taken away, and in which generation.
 type cutShare struct {
-	vm         uuid.UUID
 	generation uint64
 	note       string // what had to be done by force
 }
@@ -278,10 +285,15 @@ type cutShare struct {
 func (r *Reconciler) markCut(a Action, note string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	cut := r.cut[a.Object.VM]
+	if cut == nil {
+		cut = map[share]cutShare{}
+		r.cut[a.Object.VM] = cut
+	}
 	for _, g := range a.Ended {
 		key := share{a.Object.ID, g}
-		if done, ok := r.cut[key]; !ok || done.generation <= a.generation {
-			r.cut[key] = cutShare{a.Object.VM, a.generation, note}
+		if done, ok := cut[key]; !ok || done.generation <= a.generation {
+			cut[key] = cutShare{a.generation, note}
 		}
 	}
 }
@@ -289,12 +301,15 @@ func (r *Reconciler) markCut(a Action, note string) {
 // parted notes what the world says of shared objects: that they are there, and
 // not for grants that have ended.
 func (r *Reconciler) parted(v view) {
+	if len(v.ending) == 0 {
+		return
+	}
+	seen, desired := v.seen(), byID(v.desired)
 	for _, e := range v.ending {
-		for _, o := range v.observed {
-			d := slices.IndexFunc(v.desired, func(d Object) bool { return d.ID == e.ID })
-			if o.ID == e.ID && d >= 0 && o.Presence == Present && o.Owners != nil && o.Generation >= v.desired[d].Generation && !sharesAny(o.Owners, e.Owners) {
-				r.markCut(Action{Object: e, Ended: e.Owners, generation: e.Generation}, "")
-			}
+		o := seen[e.ID]
+		d, shared := desired[e.ID]
+		if shared && o.Presence == Present && o.Owners != nil && o.Generation >= v.desired[d].Generation && !sharesAny(o.Owners, e.Owners) {
+			r.markCut(Action{Object: e, Ended: e.Owners, generation: e.Generation}, "")
 		}
 	}
 }
@@ -307,7 +322,7 @@ func (r *Reconciler) isCut(a Action) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return !slices.ContainsFunc(a.Ended, func(g uuid.UUID) bool {
-		done, ok := r.cut[share{a.Object.ID, g}]
+		done, ok := r.cut[a.Object.VM][share{a.Object.ID, g}]
 		return !ok || done.generation < a.generation
 	})
 }
@@ -321,7 +336,7 @@ func (r *Reconciler) hasNothing(g ledger.Grant) (force string, cut bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, o := range objects {
-		done, ok := r.cut[share{o.ID, g.ID}]
+		done, ok := r.cut[o.VM][share{o.ID, g.ID}]
 		if !ok || done.generation < o.Generation {
 			return "", false
 		}
@@ -362,10 +377,8 @@ func (r *Reconciler) recordAllGone(ctx context.Context, c corner) error {
 func (r *Reconciler) forgetCut(c corner) {
 	var noted []share
 	r.mu.Lock()
-	for key, done := range r.cut {
-		if done.vm == c.vm {
-			noted = append(noted, key)
-		}
+	for key := range r.cut[c.vm] {
+		noted = append(noted, key)
 	}
 	r.mu.Unlock()
 	// Never the ledger with r.mu held: whoever looks at the ledger takes r.mu.
@@ -378,6 +391,9 @@ func (r *Reconciler) forgetCut(c corner) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, key := range noted {
-		delete(r.cut, key)
+		delete(r.cut[c.vm], key)
+	}
+	if len(r.cut[c.vm]) == 0 {
+		delete(r.cut, c.vm)
 	}
 }

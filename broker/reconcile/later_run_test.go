@@ -312,6 +312,10 @@ func TestRevokedWhileTheVMStarts(t *testing.T) {
 	})
 	id = g.grant(persists)
 	g.await(id, ledger.Active)
+	// What is barred keeps every VM from being idle.
+	g.r.mu.Lock()
+	g.r.barred[uuid.New()] = true
+	g.r.mu.Unlock()
 	p.begin("")
 	close(armed)
 	g.r.Wake(g.vm)

@@ -23,6 +23,24 @@ type view struct {
 	plan      []Action
 }
 
+// byID are the indices of some objects.
+func byID(objects []Object) map[string]int {
+	out := make(map[string]int, len(objects))
+	for i := range objects {
+		out[objects[i].ID] = i
+	}
+	return out
+}
+
+// seen is what was observed, by object id.
+func (v *view) seen() map[string]Observed {
+	out := make(map[string]Observed, len(v.observed))
+	for _, o := range v.observed {
+		out[o.ID] = o
+	}
+	return out
+}
+
 // desire looks at the ledger alone.
 func (r *Reconciler) desire(c corner) view {
 	v := view{corner: c, live: map[uuid.UUID]error{}}
@@ -138,18 +156,21 @@ func (r *Reconciler) observe(ctx context.Context, c corner) ([]Observed, error) 
 // it is pending: its broker stopped before it could say so, and that is how the
 // next one learns the outcome.
 func (v *view) confirm() {
-	state := map[uuid.UUID]ledger.GrantState{}
+	state := make(map[uuid.UUID]ledger.GrantState, len(v.grants))
 	for _, g := range v.grants {
 		state[g.ID] = g.State
 	}
+	planned := make(map[string]bool, len(v.plan))
+	for _, a := range v.plan {
+		planned[a.Object.ID] = true
+	}
+	seen := v.seen()
 	var more []Action
 	for _, d := range v.desired {
-		planned := slices.ContainsFunc(v.plan, func(a Action) bool { return a.Object.ID == d.ID })
-		present := slices.ContainsFunc(v.observed, func(o Observed) bool {
-			return o.ID == d.ID && (o.Presence == Present || o.Presence == Arriving)
-		})
+		at := seen[d.ID].Presence
+		present := at == Present || at == Arriving
 		pending := slices.ContainsFunc(d.Owners, func(g uuid.UUID) bool { return state[g] == ledger.Pending })
-		if present && pending && !planned {
+		if present && pending && !planned[d.ID] {
 			d.Instance = v.instances[v.corner.vm]
 			more = append(more, Action{Verb: Apply, Object: d, Why: "its grant is not confirmed"})
 		}
@@ -177,10 +198,11 @@ func (r *Reconciler) sawOf(g ledger.Grant, where map[string]sight) {
 
 // saw notes where the objects of live grants are.
 func (r *Reconciler) saw(v view) {
+	desired := byID(v.desired)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, o := range v.observed {
-		if o.Presence == Present && slices.ContainsFunc(v.desired, func(d Object) bool { return d.ID == o.ID }) {
+		if _, wanted := desired[o.ID]; wanted && o.Presence == Present {
 			r.seen[o.ID] = sight{o.Instance, o.Generation}
 		}
 	}
@@ -194,10 +216,11 @@ func (r *Reconciler) missing(ctx context.Context, v view, confirmed map[string]s
 	if instance == "" {
 		return nil
 	}
+	seen := v.seen()
 	var out []Observed
 	for _, d := range v.desired {
 		at, ok := confirmed[d.ID]
-		there := slices.ContainsFunc(v.observed, func(seen Observed) bool { return seen.ID == d.ID })
+		_, there := seen[d.ID]
 		if !ok || there || at.run != instance || at.generation < d.Generation && r.remade(d, at) || !r.goesOn(ctx, d, instance) {
 			continue
 		}

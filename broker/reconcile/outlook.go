@@ -40,8 +40,9 @@ func (r *Reconciler) Outlook(ctx context.Context, vm uuid.UUID) []Outlook {
 			v = r.desire(corner{vm, a.Kind()})
 			v.plan = r.known(v)
 		}
+		there := v.seen()
 		for _, action := range v.plan {
-			o.Steps = append(o.Steps, r.step(action, v))
+			o.Steps = append(o.Steps, r.step(action, there))
 		}
 		if len(o.Steps) > 0 || o.Blind != nil {
 			out = append(out, o)
@@ -63,9 +64,9 @@ func (r *Reconciler) known(v view) []Action {
 	return plan
 }
 
-func (r *Reconciler) step(a Action, v view) Step {
+func (r *Reconciler) step(a Action, there map[string]Observed) Step {
 	s := Step{Action: a}
-	if a.Verb.Cuts() && r.isCut(a) && !v.there(a.Object.ID) {
+	if o, seen := there[a.Object.ID]; a.Verb.Cuts() && r.isCut(a) && (!seen || o.Presence == Gone) {
 		s.Why = "it is gone, which the ledger has yet to be told"
 	}
 	r.mu.Lock()

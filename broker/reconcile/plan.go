@@ -112,6 +112,8 @@ type Action struct {
 	again uint64
 }
 
+func (a Action) corner() corner { return corner{a.Object.VM, a.Object.Kind} }
+
 // String is the action as `spectrum-cap explain` prints it.
 func (a Action) String() string {
 	what := a.Object.ID
@@ -199,13 +201,13 @@ func later(a, b capabilities.Deadline) capabilities.Deadline {
 // which is newer than all that this grant was part of: the end of one owner
 // changes what the others have.
 func raise(desired, ending []Object) []Object {
-	desired = slices.Clone(desired)
+	newest := make(map[string]uint64, len(ending))
 	for _, e := range ending {
-		for i := range desired {
-			if desired[i].ID == e.ID {
-				desired[i].Generation = max(desired[i].Generation, e.Generation)
-			}
-		}
+		newest[e.ID] = max(newest[e.ID], e.Generation)
+	}
+	desired = slices.Clone(desired)
+	for i := range desired {
+		desired[i].Generation = max(desired[i].Generation, newest[desired[i].ID])
 	}
 	return desired
 }
@@ -242,7 +244,7 @@ func waitsFor(o Object, instances map[uuid.UUID]string) (why string, needs, over
 // instances holds the current run of every VM that is running; an object whose
 // VM does not run, or that needs another one that does not, waits.
 func Plan(desired, ending []Object, observed []Observed, instances map[uuid.UUID]string, now capabilities.Instant) []Action {
-	p := plan{want: map[string]Object{}, have: map[string]Observed{}, done: map[string]bool{}, instances: instances, now: now}
+	p := plan{want: map[string]Object{}, have: map[string]Observed{}, done: map[string]int{}, instances: instances, now: now}
 	for _, o := range raise(desired, ending) {
 		p.want[o.ID] = o
 	}
@@ -274,12 +276,12 @@ type plan struct {
 
 	cut, extend, apply, wait []Action
 
-	done map[string]bool // objects from which something is taken
+	done map[string]int // by object from which something is taken, the place in cut
 }
 
 func (p *plan) take(a Action) {
-	if !p.done[a.Object.ID] {
-		p.done[a.Object.ID] = true
+	if _, done := p.done[a.Object.ID]; !done {
+		p.done[a.Object.ID] = len(p.cut)
 		p.cut = append(p.cut, a)
 	}
 }
@@ -316,8 +318,15 @@ func (a Action) past(why string) Action {
 	return a
 }
 
+// sharesAny tells whether any of a is among b, which is sorted.
 func sharesAny(a, b []uuid.UUID) bool {
-	return slices.ContainsFunc(a, func(id uuid.UUID) bool { return slices.Contains(b, id) })
+	return slices.ContainsFunc(a, func(id uuid.UUID) bool { return among(b, id) })
+}
+
+// among tells whether an id is among some that are sorted.
+func among(sorted []uuid.UUID, id uuid.UUID) bool {
+	_, found := slices.BinarySearchFunc(sorted, id, byUUID)
+	return found
 }
 
 // found plans for what is there and should not be.
@@ -335,7 +344,7 @@ func (p *plan) found(o Observed) {
 	newest := w
 	newest.Generation = max(w.Generation, o.Generation)
 	why, unmet, _ := waitsFor(w, p.instances)
-	strangers := slices.DeleteFunc(slices.Clone(o.Owners), func(id uuid.UUID) bool { return slices.Contains(w.Owners, id) })
+	strangers := slices.DeleteFunc(slices.Clone(o.Owners), func(id uuid.UUID) bool { return among(w.Owners, id) })
 	switch {
 	case w.Deadline.Passed(p.now):
 		p.take(Action{Verb: Withdraw, Object: newest, Why: "its lease has ended", Ended: w.Owners, generation: w.Generation})
@@ -359,7 +368,7 @@ func (p *plan) need(w Object) {
 		return
 	}
 	var cut Action
-	if i := slices.IndexFunc(p.cut, func(a Action) bool { return a.Object.ID == w.ID }); i >= 0 {
+	if i, ok := p.done[w.ID]; ok {
 		cut = p.cut[i]
 	}
 	if cut.Verb == Release {

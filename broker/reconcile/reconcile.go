@@ -65,10 +65,11 @@ type Reconciler struct {
 	applying  map[string]*application
 	extending map[string]uint64 // the generations that are being told to objects
 	cutting   map[string]*cutting
+	busy      map[corner]int // how much is being taken away
 	troubles  map[string]*trouble
 	// cut holds what was taken from grants whose end is not yet on record.
-	cut  map[share]cutShare
-	gone map[corner]*rounds // looks at who has nothing left
+	cut  map[uuid.UUID]map[share]cutShare // by VM
+	gone map[corner]*rounds               // looks at who has nothing left
 	// floors are, by object id, the generations below which nothing is made any
 	// more, though no grant is left that says so.
 	floors map[string]uint64
@@ -128,7 +129,7 @@ func New(o Options) *Reconciler {
 		o: o, kinds: map[string]Kind{}, appliers: map[string]Applier{},
 		lanes: map[corner]*lanes{}, failures: map[uuid.UUID]error{}, missed: map[string]bool{}, caughtUp: map[string]bool{}, seen: map[string]sight{},
 		applying: map[string]*application{}, extending: map[string]uint64{}, cutting: map[string]*cutting{}, gone: map[corner]*rounds{}, troubles: map[string]*trouble{},
-		cut: map[share]cutShare{}, floors: map[string]uint64{}, barred: map[uuid.UUID]bool{},
+		cut: map[uuid.UUID]map[share]cutShare{}, busy: map[corner]int{}, floors: map[string]uint64{}, barred: map[uuid.UUID]bool{},
 		needed: map[uuid.UUID]map[corner]bool{}, runs: map[uuid.UUID]string{},
 	}
 	for _, a := range o.Appliers {
@@ -353,15 +354,31 @@ func change(t ledger.EventType, grant uuid.UUID, reason string) ledger.Event {
 // it is tried again, is settled.
 func (r *Reconciler) Settled(ctx context.Context, vm uuid.UUID) (bool, error) {
 	for kind := range r.appliers {
-		v, err := r.look(ctx, corner{vm, kind})
+		c := corner{vm, kind}
+		if r.quiet(c) {
+			idle, err := r.idle(ctx, c)
+			if err != nil {
+				return false, err
+			}
+			if idle {
+				continue
+			}
+		}
+		v, err := r.look(ctx, c)
 		if err != nil {
 			return false, err
 		}
-		if r.busy(v.corner) || slices.ContainsFunc(v.plan, func(a Action) bool { return a.Verb.Cuts() }) {
+		if r.takes(c) || slices.ContainsFunc(v.plan, func(a Action) bool { return a.Verb.Cuts() }) {
 			return false, nil
 		}
+		waits := map[string]bool{} // objects
+		for _, a := range v.plan {
+			if a.Verb == Wait {
+				waits[a.Object.ID] = true
+			}
+		}
 		for _, g := range v.grants {
-			if g.State == ledger.Revoking || g.State == ledger.Pending && !r.waits(v, g) {
+			if g.State == ledger.Revoking || g.State == ledger.Pending && !r.waits(v, waits, g) {
 				return false, nil
 			}
 		}
@@ -370,12 +387,12 @@ func (r *Reconciler) Settled(ctx context.Context, vm uuid.UUID) (bool, error) {
 }
 
 // waits tells whether a pending grant can become nothing else just now.
-func (r *Reconciler) waits(v view, g ledger.Grant) bool {
+func (r *Reconciler) waits(v view, objects map[string]bool, g ledger.Grant) bool {
 	if _, running := v.instances[g.Holder]; !running {
 		return true
 	}
 	return slices.ContainsFunc(r.ObjectsOf(g), func(o Object) bool {
 		_, troubled := r.TroubleOf(o.ID)
-		return troubled || slices.ContainsFunc(v.plan, func(a Action) bool { return a.Verb == Wait && a.Object.ID == o.ID })
+		return troubled || objects[o.ID]
 	})
 }

@@ -2,7 +2,6 @@ package reconcile
 
 import (
 	"context"
-	"slices"
 	"strings"
 	"time"
 
@@ -116,11 +115,18 @@ func (r *Reconciler) recovered(grants []uuid.UUID) []ledger.Event {
 func (r *Reconciler) forget(v view) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if len(r.troubles) == 0 {
+		return
+	}
+	planned := make(map[string]bool, len(v.plan))
+	for _, a := range v.plan {
+		planned[a.Object.ID] = true
+	}
 	for id, t := range r.troubles {
 		if t.Object.VM != v.corner.vm || t.Object.Kind != v.corner.kind || r.applying[id] != nil || r.cutting[id] != nil {
 			continue
 		}
-		if !slices.ContainsFunc(v.plan, func(a Action) bool { return a.Object.ID == id }) {
+		if !planned[id] {
 			delete(r.troubles, id)
 		}
 	}
