@@ -25,12 +25,17 @@ import (
 type life struct {
 	*world
 	armedShims bool // what it starts has a failpoint of the shim's
+	toward     operation
 	done       atomic.Int64
 	acked      atomic.Int64
 	lost       atomic.Bool // somebody did not answer just now
 	full       atomic.Bool // the disk is
 	unrecorded atomic.Int64
 }
+
+// operation is one that a client does. It returns false where it had nothing to
+// work on.
+type operation = func(l *life, ctx context.Context, r *rand.Rand) bool
 
 // client does one operation after another until ctx ends or nobody answers.
 func (l *life) client(ctx context.Context, r *rand.Rand) {
@@ -39,6 +44,9 @@ func (l *life) client(ctx context.Context, r *rand.Rand) {
 		if l.full.Load() && r.IntN(2) == 0 {
 			// What room the ledger has left is used up, and then it matters.
 			op = onceFull[r.IntN(len(onceFull))]
+		}
+		if l.toward != nil && r.IntN(6) == 0 {
+			op = l.toward
 		}
 		if op(l, ctx, r) {
 			l.done.Add(1)
@@ -56,23 +64,23 @@ func (l *life) client(ctx context.Context, r *rand.Rand) {
 	}
 }
 
-// answered takes note of who does not answer.
-func (l *life) answered(err error) {
+// answered takes note of what was acknowledged, and of who does not answer.
+func (l *life) answered(op string, err error) {
 	switch {
 	case err == nil:
 		l.acked.Add(1)
+		l.locked(func() { l.stats.byOperation[op]++ })
 	case errors.Is(err, api.ErrUnreachable), errors.Is(err, guestcli.ErrUnreachable):
 		l.lost.Store(true)
 	}
 }
 
-// operations, as often as they are listed. Each returns false where it had
-// nothing to work on.
-var operations = []func(l *life, ctx context.Context, r *rand.Rand) bool{
+// operations, as often as they are listed.
+var operations = []operation{
 	(*life).grant, (*life).grant, (*life).grant, (*life).grant,
 	(*life).request, (*life).request, (*life).request,
 	(*life).derive, (*life).derive,
-	(*life).delegate, (*life).delegate,
+	(*life).delegate, (*life).delegateFrom,
 	(*life).revoke, (*life).revoke, (*life).revoke,
 	(*life).drop, (*life).drop,
 	(*life).useDead,
@@ -80,10 +88,12 @@ var operations = []func(l *life, ctx context.Context, r *rand.Rand) bool{
 	(*life).stop,
 	(*life).disturbGuest,
 	(*life).rename,
-	(*life).rotateKeys, (*life).rotateAudit,
+	(*life).renew, (*life).renew,
+	(*life).rotateKeys, (*life).revokeKey,
+	(*life).rotateAudit,
 }
 
-var onceFull = []func(l *life, ctx context.Context, r *rand.Rand) bool{(*life).rename, (*life).rename, (*life).revoke, (*life).drop}
+var onceFull = []operation{(*life).rename, (*life).rename, (*life).revoke, (*life).drop, (*life).revokeKey}
 
 // most is how many grants one VM holds before some are taken back first.
 const most = 8
@@ -140,12 +150,15 @@ func refused(err error) bool {
 
 // granted takes in the answer to a request for a grant. One that was recorded
 // and then failed, or ended, is refused too.
-func (l *life) granted(g *grant, id uuid.UUID, expires *time.Time, err error) {
-	l.answered(err)
+func (l *life) granted(op string, g *grant, id uuid.UUID, expires *time.Time, err error) {
+	l.answered(op, err)
 	l.locked(func() {
 		switch {
 		case err == nil:
 			g.given, g.id = true, id
+			if l.keyMoves != g.keyMoves {
+				g.key = ""
+			}
 			if expires != nil {
 				g.expires = *expires
 			}
@@ -174,7 +187,7 @@ func (l *life) grant(ctx context.Context, r *rand.Rand) bool {
 	out, err := l.Client.Grant(ctx, api.GrantRequest{
 		VM: vm.id.String(), Capability: what, TTLSeconds: lifetime, Label: g.label, Persist: persist, Wait: wait, MaxUses: maxUses,
 	})
-	l.granted(g, out.ID, out.Expires, err)
+	l.granted("grant", g, out.ID, out.Expires, err)
 	l.note("grant %s on %s %s persist=%v wait=%v ttl=%v uses=%d -> %v %s %v", g.label, vm.name, what, persist, wait, lifetime != nil, uses, out.ID, out.State, err)
 	return true
 }
@@ -197,7 +210,7 @@ func (l *life) delegate(ctx context.Context, r *rand.Rand) bool {
 	out, err := l.Client.Grant(ctx, api.GrantRequest{
 		VM: to.id.String(), Parent: p.id.String(), TTLSeconds: lifetime, Label: g.label, AcceptNarrower: true, Wait: true,
 	})
-	l.granted(g, out.ID, out.Expires, err)
+	l.granted("delegate", g, out.ID, out.Expires, err)
 	l.note("delegate %s from %s to %s ttl=%v -> %v %s %v", g.label, p.label, to.name, lifetime != nil, out.ID, out.State, err)
 	if dead && err == nil {
 		l.failf("grant %s was made from %s, whose end was acknowledged before", g.label, p.label)
@@ -242,11 +255,15 @@ func (l *life) requestFrom(ctx context.Context, r *rand.Rand, vm *machine, paren
 		l.locked(func() { dead = parent.ended })
 		req.Parent, req.Capability = parent.token, parent.what("ro")
 	}
+	op := "request"
+	if parent != nil {
+		op = "derive"
+	}
 	g := l.ask(vm, false, lifetime != nil, parent)
 	req.Label = g.label
 	out, err := l.guest(vm).Request(ctx, req)
 	id, _ := uuid.Parse(out.Grant.ID)
-	l.granted(g, id, out.Grant.Expires, err)
+	l.granted(op, g, id, out.Grant.Expires, err)
 	l.locked(func() { g.token, g.spelling = out.Token, req.Capability })
 	from := ""
 	if parent != nil {
@@ -288,7 +305,7 @@ func (l *life) revoke(ctx context.Context, r *rand.Rand) bool {
 	l.ending(all...)
 	out, err := l.Client.Revoke(ctx, req)
 	l.note("revoke%s wait=%v -> %d revoked %d revoking %v", names, req.Wait, len(out.Revoked), len(out.Revoking), err)
-	l.answered(err)
+	l.answered("revoke", err)
 	var unrecorded *api.Error
 	if errors.As(err, &unrecorded) && unrecorded.Code == api.CodeUnavailable && strings.HasPrefix(unrecorded.Detail, "access was cut, but") {
 		// It could not be recorded, and holds all the same.
@@ -323,7 +340,7 @@ func (l *life) drop(ctx context.Context, r *rand.Rand) bool {
 		out, err = l.guest(g.vm).Drop(ctx, g.id.String())
 	}
 	l.note("drop %s by %s -> %s %v", g.label, g.vm.name, out.State, err)
-	l.answered(err)
+	l.answered("drop", err)
 	if err != nil {
 		return true
 	}
@@ -350,7 +367,7 @@ func (l *life) start(ctx context.Context, r *rand.Rand) bool {
 		l.arm(vm)
 	}
 	out, err := l.Client.StartVM(ctx, vm.id.String())
-	l.answered(err)
+	l.answered("start", err)
 	l.locked(func() {
 		switch {
 		case err == nil:
@@ -384,7 +401,7 @@ func (l *life) stop(ctx context.Context, r *rand.Rand) bool {
 	grace := float64(r.IntN(2)) / 2
 	tied := l.disturb(vm)
 	_, err := l.Client.StopVM(ctx, vm.id.String(), api.StopRequest{GraceSeconds: &grace})
-	l.answered(err)
+	l.answered("stop", err)
 	if err == nil {
 		l.locked(func() { vm.on, vm.maybe, vm.armed = false, false, false })
 		l.gone(tied...)
@@ -453,34 +470,11 @@ func (l *life) rename(ctx context.Context, r *rand.Rand) bool {
 	name := fmt.Sprintf("p%d-%c", r.IntN(1000), 'a'+byte(partIndex(l.parts, p)))
 	l.locked(func() { n.asked = name })
 	_, err := l.Client.SetName(ctx, name, p.ID)
-	l.answered(err)
+	l.answered("rename", err)
 	if err == nil {
 		l.locked(func() { n.is, n.asked = name, "" })
 	}
 	l.note("name %s %s -> %v", p.ID, name, err)
-	return true
-}
-
-// rotateKeys makes a new key. What the ones before signed stays good.
-func (l *life) rotateKeys(ctx context.Context, _ *rand.Rand) bool {
-	k, err := l.Client.RotateKeys(ctx)
-	l.answered(err)
-	if err == nil {
-		l.locked(func() { l.keys = append(l.keys, k.KID) })
-	}
-	l.note("rotate keys -> %s %v", k.KID, err)
-	return true
-}
-
-// rotateAudit puts what is on record into an archive, where there is room for it.
-func (l *life) rotateAudit(ctx context.Context, _ *rand.Rand) bool {
-	if l.disk != "" {
-		return false
-	}
-	l.locked(func() { l.rotated = true })
-	out, err := l.Client.RotateAudit(ctx)
-	l.answered(err)
-	l.note("rotate the audit -> %s %v", out.Archive.Name, err)
 	return true
 }
 

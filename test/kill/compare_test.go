@@ -72,6 +72,8 @@ type sight struct {
 	objects map[uuid.UUID][]shim.ObjectState // of the VMs whose shim answers
 	alive   []process
 	keys    []api.Key
+	// archived are the labels of grants that are in an archive only.
+	archived map[string]bool
 }
 
 func (w *world) look(ctx context.Context) (sight, error) {
@@ -96,6 +98,9 @@ func (w *world) look(ctx context.Context) (sight, error) {
 		s.names[n.Partition] = n.Name
 	}
 	if s.keys, err = w.Client.ListKeys(ctx); err != nil {
+		return s, err
+	}
+	if s.archived, err = w.inArchives(ctx, s.grants); err != nil {
 		return s, err
 	}
 	for _, m := range w.machines {
@@ -145,8 +150,8 @@ func (w *world) wrongGrants(s sight) (wrong []string) {
 			known[g.label] = true
 			f, exists := found[g.label]
 			// A lease that was over before the broker started has ended by now.
-			over := !g.expires.IsZero() && g.expires.Before(w.begun)
-			switch text := g.wrong(f.State, exists, w.rotated, s.at); {
+			over := !g.expires.IsZero() && !g.later && g.expires.Before(w.begun)
+			switch text := g.wrong(f.State, exists, s.archived[g.label], s.at); {
 			case text != "":
 				wrong = append(wrong, fmt.Sprintf("grant %s (%s): %s (%s)", g.label, f.ID, text, f.Reason))
 			case over && live(f.State):
@@ -168,26 +173,6 @@ func (w *world) wrongNames(s sight) (wrong []string) {
 	for p, n := range w.names {
 		if is := s.names[p]; is != n.is && (n.asked == "" || is != n.asked) {
 			wrong = append(wrong, fmt.Sprintf("partition %s was named %q (and then asked to be %q), and is %q", p, n.is, n.asked, is))
-		}
-	}
-	return wrong
-}
-
-// wrongKeys are acknowledged ones that are not there. The newest signs, and nobody
-// revoked any.
-func (w *world) wrongKeys(s sight) (wrong []string) {
-	for _, kid := range w.keys {
-		if !slices.ContainsFunc(s.keys, func(k api.Key) bool { return k.KID == kid }) {
-			wrong = append(wrong, fmt.Sprintf("key %s was acknowledged, and is lost", kid))
-		}
-	}
-	for i, k := range s.keys {
-		want := api.KeyRetired
-		if i == len(s.keys)-1 {
-			want = api.KeyCurrent
-		}
-		if k.State != want {
-			wrong = append(wrong, fmt.Sprintf("key %s is %s, and should be %s", k.KID, k.State, want))
 		}
 	}
 	return wrong
@@ -344,7 +329,10 @@ func (w *world) settle(s sight) {
 			case !exists: // it was never recorded, or refused before it was
 				return true
 			case live(f.State):
-				g.given, g.mayEnd, g.id = true, false, f.ID
+				if !g.given {
+					g.key = "" // nobody said when it was made
+				}
+				g.given, g.mayEnd, g.later, g.id = true, false, false, f.ID
 				if f.Expires != nil {
 					g.lease, g.expires = true, *f.Expires
 				}
@@ -367,5 +355,6 @@ func (w *world) settle(s sight) {
 		for p, n := range w.names {
 			n.is, n.asked = s.names[p], ""
 		}
+		w.settleKeys(s.keys)
 	})
 }

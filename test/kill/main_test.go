@@ -120,7 +120,13 @@ func TestKills(t *testing.T) {
 	}
 	if firstPart == 0 && kills >= 200 && failed == 0 {
 		s.everyLabelWasHit(t)
+		for _, op := range mustSucceed {
+			if s.byOperation[op] == 0 {
+				t.Errorf("no broker acknowledged a single %s in this run, so that nothing was shown of it", op)
+			}
+		}
 	}
+	t.Logf("acknowledged: %v", s.byOperation)
 }
 
 // again is how the same choices are made again.
@@ -146,13 +152,14 @@ type statistics struct {
 
 	kills, atLabel, atMoment, atStart, shims int
 	byLabel                                  map[string]int
+	byOperation                              map[string]int // acknowledged; under the model's mutex
 	operations, acknowledged, comparisons    int
 	unrecorded                               int // revocations that cut access on a full disk
 	ready                                    []time.Duration
 }
 
 func newStatistics(all []labels.Label) *statistics {
-	return &statistics{labels: all, seen: map[string]bool{}, begun: time.Now(), told: time.Now(), byLabel: map[string]int{}}
+	return &statistics{labels: all, seen: map[string]bool{}, begun: time.Now(), told: time.Now(), byLabel: map[string]int{}, byOperation: map[string]int{}}
 }
 
 func (s *statistics) String() string {
@@ -172,6 +179,12 @@ func (s *statistics) tell() {
 		s.told = time.Now()
 		fmt.Println(s.String())
 	}
+}
+
+// mustSucceed are the operations that a run of 200 kills sees acknowledged.
+var mustSucceed = []string{
+	"grant", "delegate", "delegateFrom", "request", "derive", "renew", "revoke", "drop", "start", "stop", "rename",
+	"rotateKeys", "revokeKey", "rotateAudit",
 }
 
 // unreached are the failpoints that this harness does not come by, and why.

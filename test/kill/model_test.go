@@ -22,6 +22,9 @@ type grant struct {
 	lease    bool      // it ends by itself
 	counted  bool      // likewise, when it is used up
 	expires  time.Time // zero: never, or not known
+	later    bool      // it may have been renewed
+	key      string    // that signs for it; "": not known
+	keyMoves int       // of the model, when it was asked for
 	id       uuid.UUID // Nil: nobody said
 
 	given  bool // acknowledged
@@ -33,11 +36,10 @@ type grant struct {
 func live(s api.GrantState) bool { return s == api.GrantPending || s == api.GrantActive }
 
 // wrong is the model: what was acknowledged stays so, what was not may be
-// either.
-// What has ended may be in an archive, where the audit was rotated.
-func (g *grant) wrong(state api.GrantState, exists, rotated bool, now time.Time) string {
+// either. What has ended may be in an archive, and nowhere else.
+func (g *grant) wrong(state api.GrantState, exists, archived bool, now time.Time) string {
 	over := g.counted || g.lease && !now.Before(g.expires)
-	archived := rotated && (g.ended || g.doomed || g.mayEnd || over)
+	stays := g.given && !g.ended && !g.mayEnd && !over
 	switch {
 	case g.ended && exists && live(state):
 		return "its end was acknowledged, and it is " + string(state)
@@ -45,7 +47,9 @@ func (g *grant) wrong(state api.GrantState, exists, rotated bool, now time.Time)
 		return "its VM was killed, and it is " + string(state)
 	case g.given && !exists && !archived:
 		return "it was acknowledged, and is lost"
-	case g.given && exists && !g.ended && !g.mayEnd && !over && !live(state):
+	case stays && !exists:
+		return "it was acknowledged, nobody took it back, and it is in an archive only"
+	case stays && !live(state):
 		return "it was acknowledged, nobody took it back, and it is " + string(state)
 	}
 	return ""
@@ -93,11 +97,14 @@ type model struct {
 	mu     sync.Mutex
 	grants []*grant
 	names  map[uuid.UUID]*named
-	keys   []string // that were acknowledged, oldest first
-	serial int
-	// rotated: it was asked to rotate the audit, at least once.
-	rotated bool
-	log     []string // of the last operations
+	keys   []*key // that were acknowledged, oldest first
+	// current is the key that signs; "": it is being changed, or that was not
+	// answered. keyMoves rises whenever that begins and ends.
+	current  string
+	keyMoves int
+	keysBusy sync.Mutex
+	serial   int
+	log      []string // of the last operations
 }
 
 func (m *model) locked(f func()) {
@@ -125,6 +132,7 @@ func (m *model) ask(vm *machine, persist, lease bool, parent *grant) *grant {
 		g.label = fmt.Sprintf("k%d", m.serial)
 		// What ends its VM is under way.
 		g.mayEnd = vm.maybe || vm.armed || !vm.on || parent != nil && parent.mayEnd
+		g.key, g.keyMoves = m.current, m.keyMoves
 		m.grants = append(m.grants, g)
 	})
 	return g

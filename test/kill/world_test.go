@@ -278,6 +278,17 @@ func (p plan) ofShim() bool {
 	return strings.HasPrefix(p.label, "shim.") || strings.HasPrefix(p.label, "launch.")
 }
 
+// toward is the operation that comes by the label, where hardly any other does.
+func (p plan) toward() operation {
+	switch {
+	case strings.HasPrefix(p.label, "ledger.archive."), strings.HasPrefix(p.label, "ledger.rotate."), p.label == "ledger.rewrite.cleared":
+		return (*life).rotateAudit
+	case strings.HasPrefix(p.label, "key."), strings.HasPrefix(p.label, "ledger.anchor."):
+		return (*life).rotateKeys
+	}
+	return nil
+}
+
 // live starts a broker, holds what it says against the model, lets clients loose
 // on it, and sees it killed.
 func (w *world) live(r *rand.Rand, p plan) error {
@@ -370,7 +381,7 @@ func (w *world) count(p plan, starting bool) {
 // loose lets the clients loose until the broker is dead or enough was done, and
 // tells whether it died of its failpoint.
 func (w *world) loose(r *rand.Rand, p plan) (byItself bool) {
-	l := &life{world: w, armedShims: p.ofShim()}
+	l := &life{world: w, armedShims: p.ofShim(), toward: p.toward()}
 	ctx, cancel := context.WithTimeout(context.Background(), w.Stretched(60*time.Second))
 	defer cancel()
 	var wg sync.WaitGroup
