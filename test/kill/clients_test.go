@@ -194,14 +194,13 @@ func (l *life) grant(ctx context.Context, r *rand.Rand) bool {
 
 // delegate passes a grant on to another VM of its partition.
 func (l *life) delegate(ctx context.Context, r *rand.Rand) bool {
-	all := l.pick(func(g *grant) bool { return g.given && !g.ended })
+	all := l.pick(l.delegable)
 	if len(all) == 0 {
 		return false
 	}
 	p := all[r.IntN(len(all))]
-	to := l.machine(r)
-	lifetime := ttl(r)
-	if to == p.vm || to.part != p.vm.part || l.held(to) >= most {
+	to, lifetime := l.neighbour(p.vm), ttl(r)
+	if l.held(to) >= most {
 		return false
 	}
 	dead := false

@@ -44,9 +44,10 @@ func (l *life) rotateKeys(ctx context.Context, _ *rand.Rand) bool {
 	return true
 }
 
-// revokeKey revokes a retired key, and with it every grant for which it signed.
+// revokeKey revokes a retired key, and with it every grant for which it signed. It
+// is seldom done: little would be left to lose.
 func (l *life) revokeKey(ctx context.Context, r *rand.Rand) bool {
-	if !l.keysBusy.TryLock() {
+	if r.IntN(3) > 0 || !l.keysBusy.TryLock() {
 		return false
 	}
 	defer l.keysBusy.Unlock()
@@ -155,12 +156,13 @@ func (l *life) renew(ctx context.Context, r *rand.Rand) bool {
 
 // delegateFrom is a guest that passes its own grant on.
 func (l *life) delegateFrom(ctx context.Context, r *rand.Rand) bool {
-	all := l.pick(func(g *grant) bool { return g.given && !g.ended })
+	all := l.pick(l.delegable)
 	if len(all) == 0 {
 		return false
 	}
-	p, to, lifetime := all[r.IntN(len(all))], l.machine(r), ttl(r)
-	if to == p.vm || to.part != p.vm.part || l.held(to) >= most {
+	p, lifetime := all[r.IntN(len(all))], ttl(r)
+	to := l.neighbour(p.vm)
+	if l.held(to) >= most {
 		return false
 	}
 	dead := false
@@ -174,6 +176,23 @@ func (l *life) delegateFrom(ctx context.Context, r *rand.Rand) bool {
 		l.failf("grant %s was made from %s, whose end was acknowledged before", g.label, p.label)
 	}
 	return true
+}
+
+// neighbour is another VM of a VM's partition, or nil.
+func (w *world) neighbour(vm *machine) *machine {
+	for _, m := range w.machines {
+		if m != vm && m.part == vm.part {
+			return m
+		}
+	}
+	return nil
+}
+
+// delegable tells whether a grant can be passed on: its VM has a neighbour, and
+// both run. It is called under the model's mutex.
+func (w *world) delegable(g *grant) bool {
+	to := w.neighbour(g.vm)
+	return g.given && !g.ended && g.vm.on && to != nil && to.on
 }
 
 // inArchives are the acknowledged grants that the broker does not list any more,

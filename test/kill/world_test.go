@@ -31,6 +31,8 @@ allow if {
 const hostPolicy = `package spectrum.grant
 
 allow if input.requester.kind == "person"
+
+allow if input.action == "delegate"
 `
 
 const (
