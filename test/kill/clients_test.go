@@ -80,7 +80,7 @@ var operations = []operation{
 	(*life).grant, (*life).grant, (*life).grant, (*life).grant,
 	(*life).request, (*life).request, (*life).request,
 	(*life).derive, (*life).derive,
-	(*life).delegate, (*life).delegateFrom,
+	(*life).delegate, (*life).delegateFrom, (*life).delegateFrom, (*life).delegateFrom,
 	(*life).revoke, (*life).revoke, (*life).revoke,
 	(*life).drop, (*life).drop,
 	(*life).useDead,
