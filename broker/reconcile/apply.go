@@ -33,7 +33,7 @@ func (r *Reconciler) applyPass(ctx context.Context, c corner) error {
 	slots := r.laneOf(c).slots
 	for _, a := range v.plan {
 		if a.Verb == Apply {
-			r.begin(a, v.instances[c.vm], slots)
+			r.begin(a, v.instances[c.vm], v.began, slots)
 		}
 	}
 	return nil
@@ -41,11 +41,16 @@ func (r *Reconciler) applyPass(ctx context.Context, c corner) error {
 
 // begin begins an application, unless it is under way, or the object is just
 // being taken away, or pauses after a failure: the end of each wakes the VM. A
-// newer one takes the place of an older one.
-func (r *Reconciler) begin(a Action, run string, slots chan struct{}) {
+// newer one takes the place of an older one. What was made since the look that it
+// was planned from may need it no more: it is looked at again.
+func (r *Reconciler) begin(a Action, run string, planned uint64, slots chan struct{}) {
 	id := a.Object.ID
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.made[id] > planned {
+		r.wg.Go(func() { r.wake(corner{a.Object.VM, a.Object.Kind}) })
+		return
+	}
 	if r.cutting[id] != nil || r.troubles[id].pauses(a, run) {
 		return
 	}
@@ -80,6 +85,7 @@ func (r *Reconciler) doApply(ctx context.Context, p *application, slots chan str
 		return // the broker stops; the next one finishes or undoes
 	}
 	overtaken := ctx.Err() != nil
+	made := err == nil
 	if errors.Is(err, ErrStale) && !overtaken {
 		var newest uint64
 		r.o.Ledger.View(func(s *ledger.State) { newest = s.Seq() })
@@ -114,6 +120,9 @@ func (r *Reconciler) doApply(ctx context.Context, p *application, slots chan str
 	r.mu.Lock()
 	if r.applying[id] == p {
 		delete(r.applying, id)
+		if r.moments++; made {
+			r.made[id] = r.moments
+		}
 	}
 	r.mu.Unlock()
 	if overtaken || errors.Is(err, errOutdated) {
@@ -204,6 +213,7 @@ func (r *Reconciler) overtake(a Action) {
 		delete(r.missed, id)
 		delete(r.caughtUp, id)
 		delete(r.seen, id)
+		delete(r.made, id)
 		if a.again == 0 {
 			delete(r.floors, id)
 		}

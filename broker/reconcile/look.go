@@ -14,6 +14,7 @@ import (
 // view is what one pass works from.
 type view struct {
 	corner    corner
+	began     uint64         // in moments
 	grants    []ledger.Grant // of the VM and kind, not final
 	live      map[uuid.UUID]error
 	instances map[uuid.UUID]string
@@ -123,6 +124,7 @@ func (r *Reconciler) look(ctx context.Context, c corner) (view, error) {
 	// record before it. What was confirmed by the first and is not observed is
 	// gone: a grant becomes active after its object.
 	confirmed := map[string]sight{} // where the objects of active grants were seen
+	began := r.moment()
 	r.o.Ledger.View(func(s *ledger.State) {
 		for _, g := range r.held(s, c, ledger.Active) {
 			r.sawOf(g, confirmed)
@@ -134,12 +136,20 @@ func (r *Reconciler) look(ctx context.Context, c corner) (view, error) {
 	}
 	now := r.o.Clock.Now()
 	v := r.desire(c)
-	v.observed = observed
+	v.began, v.observed = began, observed
 	r.saw(v)
 	v.observed = append(v.observed, r.missing(ctx, v, confirmed)...)
 	v.plan = Plan(v.desired, v.ending, v.observed, v.instances, now)
 	v.confirm()
 	return v, nil
+}
+
+// moment is later than all before it.
+func (r *Reconciler) moment() uint64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.moments++
+	return r.moments
 }
 
 func (r *Reconciler) observe(ctx context.Context, c corner) ([]Observed, error) {

@@ -60,6 +60,10 @@ type Reconciler struct {
 	missed   map[string]bool  // objects that are there and that no agent took up
 	caughtUp map[string]bool  // objects that an agent took up later than their grants say
 	seen     map[string]sight // where an object was last there
+	// moments counts looks and applications that ended; made has, by object, when
+	// the last one ended.
+	moments uint64
+	made    map[string]uint64
 	// By object id: what is being made and what is being taken away, and what
 	// failed and waits before it is tried again.
 	applying  map[string]*application
@@ -127,7 +131,7 @@ func New(o Options) *Reconciler {
 	}
 	r := &Reconciler{
 		o: o, kinds: map[string]Kind{}, appliers: map[string]Applier{},
-		lanes: map[corner]*lanes{}, failures: map[uuid.UUID]error{}, missed: map[string]bool{}, caughtUp: map[string]bool{}, seen: map[string]sight{},
+		lanes: map[corner]*lanes{}, failures: map[uuid.UUID]error{}, missed: map[string]bool{}, caughtUp: map[string]bool{}, seen: map[string]sight{}, made: map[string]uint64{},
 		applying: map[string]*application{}, extending: map[string]uint64{}, cutting: map[string]*cutting{}, gone: map[corner]*rounds{}, troubles: map[string]*trouble{},
 		cut: map[uuid.UUID]map[share]cutShare{}, busy: map[corner]int{}, floors: map[string]uint64{}, barred: map[uuid.UUID]bool{},
 		needed: map[uuid.UUID]map[corner]bool{}, runs: map[uuid.UUID]string{},
